@@ -243,7 +243,9 @@ def _cluster_sums(x: Floats, clusters: Clusters | None) -> tuple[Floats, Floats]
     if clusters is None:
         return x, np.ones_like(x)
     codes = _codes(clusters, len(x))
-    return np.bincount(codes, weights=x), np.bincount(codes).astype(np.float64)
+    sums: Floats = np.bincount(codes, weights=x).astype(np.float64)
+    counts: Floats = np.bincount(codes).astype(np.float64)
+    return sums, counts
 
 
 def _chunks(samples: int, size: int) -> list[int]:

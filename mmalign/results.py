@@ -1,0 +1,118 @@
+"""Read a results folder as scoring writes it: long parquet parts, a summary and the run that made them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+# Without these a row is not a result; all others may be missing.
+REQUIRED = ("sample", "prompt", "media", "evaluator", "subscore", "score", "status")
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results folder. `rows` are dicts with the columns of the parquet parts, one per (sample, score)."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> str | None:
+        """The name of the one model that made all the media; None where there are several or it is unknown."""
+        names = {row.get("model") for row in self.rows}
+        return names.pop() if len(names) == 1 else None
+
+    def labels(self) -> list[str]:
+        """Labels of all scores (`hps`, `shapes_truth/colour`), in the order in which they first occur."""
+        return list(dict.fromkeys(score_label(row["evaluator"], row["subscore"]) for row in self.rows))
+
+    def rows_of(self, label: str) -> list[dict[str, Any]]:
+        """All rows of one score, failed ones too."""
+        return [row for row in self.rows if score_label(row["evaluator"], row["subscore"]) == label]
+
+    def higher_is_better(self, label: str) -> bool | None:
+        """Direction of the score as `summary.json` states it; None where it does not."""
+        evaluators = self.summary.get("evaluators") or {}
+        entry = evaluators.get(label.split("/")[0]) if isinstance(evaluators, dict) else None
+        direction = entry.get("higher_is_better") if isinstance(entry, dict) else None
+        return direction if isinstance(direction, bool) else None
+
+
+def read_results(folder: str | Path) -> Results:
+    """Read the parts of a results folder.
+
+    Where the same (sample, evaluator, subscore) occurs more than once, as after a resumed run, the row of the last part
+    counts.
+
+    Args:
+        folder: holds `parts/part-*.parquet`, and as a rule `summary.json` and `run.json`.
+
+    Returns:
+        Results, rows in the order of the parts.
+
+    Raises:
+        ValueError: no such folder, no parts, no rows, or parts without a column that every result has.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    parts = sorted((folder / "parts").glob("part-*.parquet"))
+    if not parts:
+        raise ValueError(
+            f"{folder} is not a results folder: it has no parts/part-*.parquet. Make one with mmalign score"
+        )
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in parts:
+        try:
+            table = pq.read_table(part)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{part} cannot be read ({error}); delete it and score again, the rest is kept") from error
+        missing = [name for name in REQUIRED if name not in table.column_names]
+        if missing:
+            raise ValueError(f"{part} has no column {', '.join(missing)}; it was not written by mmalign score")
+        for row in table.to_pylist():
+            rows[(row["sample"], row["evaluator"], row["subscore"])] = row
+    if not rows:
+        raise ValueError(f"{folder} holds no rows; the table that was scored was empty")
+    return Results(folder, list(rows.values()), _read_json(folder / "summary.json"), _read_json(folder / "run.json"))
+
+
+def score_label(evaluator: str, subscore: str | None) -> str:
+    """`hps` for an evaluator's only score, `shapes_truth/colour` for a named part of it."""
+    return evaluator if subscore in (None, "", "score", evaluator) else f"{evaluator}/{subscore}"
+
+
+def is_ok(row: dict[str, Any]) -> bool:
+    """Whether the row holds a score to count with."""
+    return row["status"] == "ok" and row["score"] is not None and math.isfinite(row["score"])
+
+
+def distinct_names(results: Iterable[Results]) -> tuple[str, ...]:
+    """A name for each folder: its one model where these differ, the folder's name otherwise, numbered if need be."""
+    results = list(results)
+    for candidates in (
+        [r.model for r in results],
+        [r.folder.name for r in results],
+        [f"{r.folder.parent.name}/{r.folder.name}" for r in results],
+    ):
+        if all(candidates) and len(set(candidates)) == len(candidates):
+            return tuple(str(name) for name in candidates)
+    return tuple(f"{r.folder.name} ({i})" for i, r in enumerate(results, 1))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); score again to write it anew") from error
+    return data if isinstance(data, dict) else {}
