@@ -1,8 +1,8 @@
 """Strict configuration: a frozen schema per job, read from YAML, changed by ``--set a.b=c``, every error at once.
 
-A job is one YAML file. It is read as YAML 1.2 (``1e-5`` is a number, ``yes`` is a string), may extend one other file, and
-is checked against a pydantic schema in which unknown keys are errors. Each error names the file and line (or the ``--set``
-it came from), the key, what is wrong, and the nearest key that would have been right::
+A job is one YAML file. It is read as YAML 1.2 (``1e-5`` is a number, ``yes`` is a string), may extend one other file,
+and is checked against a pydantic schema in which unknown keys are errors. Each error names the file and line (or the
+``--set`` it came from), the key, what is wrong, and the nearest key that would have been right::
 
     run.yaml:4: loss.bta: unknown key. Did you mean 'beta'?
     --set lss: lss: unknown key. Did you mean 'loss'?
@@ -12,6 +12,7 @@ There is no interpolation and there are no import strings: a config is data.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mmalign.explain import explain, nearest
 from mmalign.yaml12 import Document, Dumper, YamlError, compose
 
-__all__ = ["ConfigError", "Strict", "build", "dump", "json_schema", "load", "loads", "nearest", "read"]
+__all__ = ["ConfigError", "Strict", "build", "check", "dump", "json_schema", "load", "loads", "nearest", "read"]
 
 
 class Strict(BaseModel):
@@ -56,26 +57,28 @@ def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) 
     Raises:
         ConfigError: with every mistake in the file and the overrides at once.
     """
-    return _validate(schema, read(path, overrides))
+    return check(schema, read(path, overrides))
 
 
 def loads(schema: type[Schema], text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Schema:
     """As `load`, from a string; ``name`` stands for the file in messages. ``extends`` is not followed."""
-    return _validate(schema, _override(_parse(text, name), overrides))
+    return check(schema, _override(_parse(text, name), overrides))
 
 
-def build(schema: type[Schema], data: Mapping[str, Any], source: str = "") -> Schema:
+def build(schema: type[Schema], data: Mapping[str, Any], source: str = "", overrides: Sequence[str] = ()) -> Schema:
     """Check plain Python data against a schema, with the same messages as `load`.
 
     Args:
         schema: any strict model, for example an evaluator's ``Params``.
-        data: the values; nested dictionaries and lists as YAML would give them.
+        data: the values; nested dictionaries and lists as YAML would give them. It is not changed.
         source: where the data came from, put before each message in place of ``file:line``.
+        overrides: as for `load`.
 
     Raises:
         ConfigError: with every mistake at once.
     """
-    return _validate(schema, Document(data=dict(data), origins={(): source}, errors=[]))
+    document = Document(data=copy.deepcopy(dict(data)), origins={(): source}, errors=[])
+    return check(schema, _override(document, overrides))
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
@@ -88,6 +91,23 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     child = _parse(_text(path), str(path))
     child = _extend(child, path)
     return _override(child, overrides)
+
+
+def check(schema: type[Schema], document: Document) -> Schema:
+    """Check what `read` gave against a schema.
+
+    Raises:
+        ConfigError: with every mistake at once.
+    """
+    errors = list(document.errors)
+    try:
+        config = schema.model_validate(document.data)
+    except ValidationError as error:
+        errors += explain(schema, document, error.errors(include_url=False))
+    else:
+        if not errors:
+            return config
+    raise ConfigError(errors)
 
 
 def dump(config: BaseModel) -> str:
@@ -105,18 +125,6 @@ def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
     extends = {"type": "string", "description": "Another YAML file, relative to this one, whose keys this one changes."}
     properties = {**result.get("properties", {}), "extends": extends}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result, "properties": properties}
-
-
-def _validate(schema: type[Schema], document: Document) -> Schema:
-    errors = list(document.errors)
-    try:
-        config = schema.model_validate(document.data)
-    except ValidationError as error:
-        errors += explain(schema, document, error.errors(include_url=False))
-    else:
-        if not errors:
-            return config
-    raise ConfigError(errors)
 
 
 def _text(path: Path) -> str:
@@ -219,7 +227,8 @@ def _set(document: Document, text: str) -> str | None:
         last = depth == len(steps) - 1
         if isinstance(holder, list):
             if not step.isdecimal() or int(step) >= len(holder):
-                return f"{origin}: '{'.'.join(steps[:depth])}' is a list of {len(holder)}; address an item by number from 0."
+                parent = ".".join(steps[:depth])
+                return f"{origin}: '{parent}' is a list of {len(holder)}; address an item by number from 0."
             key: Any = int(step)
         elif isinstance(holder, dict):
             key = step

@@ -218,8 +218,8 @@ def _one_of(value: Any, known: Sequence[str]) -> str:
 def _got(value: Any) -> str:
     if value is None:
         return "but it is empty"
-    name = {dict: "a mapping", list: "a list"}.get(type(value))
-    return f"but it is {name or _show(value)}"
+    name = "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else _show(value)
+    return f"but it is {name}"
 
 
 def _show(value: Any) -> str:

@@ -1,8 +1,8 @@
 """YAML 1.2 scalars over PyYAML's parser, with the line of every key.
 
-PyYAML reads YAML 1.1, in which ``1e-5`` is a string, ``no`` is False, ``010`` is 8 and a repeated key silently wins. Here the
-core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/, section 10.3.2) decides what a plain scalar is, and a repeated key
-is an error.
+PyYAML reads YAML 1.1, in which ``1e-5`` is a string, ``no`` is False, ``010`` is 8 and a repeated key silently wins.
+Here the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/, section 10.3.2) decides what a plain scalar is, and a
+repeated key is an error.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class YamlError(ValueError):
 class Document:
     """Data, where each part of it was written, and what was wrong in it besides its values.
 
-    ``origins`` maps the path of a key or list item, for example ``("loss", "beta")``, to ``file:line`` or ``--set a.b``;
-    the root is ``()``.
+    ``origins`` maps the path of a key or list item, for example ``("loss", "beta")``, to ``file:line`` or to
+    ``--set a.b``; the root is ``()``.
     """
 
     data: Any

@@ -1,0 +1,117 @@
+"""The command line: assembles the verbs, and turns users' mistakes into messages.
+
+Nothing heavy is imported here or at the top of the verbs' modules, so that ``mmalign --help`` answers at once; a test
+keeps it so. Exit codes: 0 done, 1 a defect of mmalign (with its traceback) or a doctor's bad finding, 2 a mistake in what
+was asked for, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mmalign import __version__
+from mmalign.commands import configs, inspect, jobs, results
+
+app = typer.Typer(
+    name="mmalign",
+    help="Align image and video generators with preferences, and see whether they got better.\n\n"
+    "sample -> score (or label) -> train -> score again: one YAML per job, one table format between the verbs.",
+    epilog="Begin with `mmalign quickstart`, then `mmalign list configs`. `mmalign VERB --help` shows examples.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _group in (jobs, results, inspect, configs):
+    _group.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmalign {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="MMALIGN_DEBUG", help="Show the traceback of every error.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["MMALIGN_DEBUG"] = "1"
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("mmalign").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    try:
+        app(prog_name="mmalign")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        message = None if debugging() else user_message(error)
+        if message is None:
+            raise
+        sys.stdout.flush()
+        sys.stderr.write(message.rstrip() + "\n")
+        sys.exit(2)
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted: ``--debug`` or ``MMALIGN_DEBUG=1``."""
+    return os.environ.get("MMALIGN_DEBUG", "").lower() not in {"", "0", "false", "no"}
+
+
+def user_message(error: BaseException) -> str | None:
+    """What to tell a user about an error that is theirs to mend, or None for a defect, whose traceback is wanted.
+
+    A ValueError raised by mmalign's own code is a message to the user (the house rule: it holds the fix); one raised in
+    another library's code is a defect here, since the value should have been checked before.
+    """
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        return f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}"
+    if isinstance(error, OSError):
+        return _file_message(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        advice = "A smaller batch or resolution, or gradient checkpointing, needs less."
+        return f"error: the accelerator's memory is full: {error}\n{advice}"
+    if isinstance(error, ModuleNotFoundError):
+        return _module_message(error)
+    return None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    name = frames.tb_frame.f_globals.get("__name__", "") if frames is not None else ""
+    return name == "mmalign" or name.startswith("mmalign.")
+
+
+def _file_message(error: OSError) -> str | None:
+    if error.filename is not None:
+        fix = " Free some space, or name another folder." if error.errno == errno.ENOSPC else ""
+        return f"error: {error.filename}: {error.strerror}.{fix}"
+    return f"error: {error}" if _raised_by_us(error) else None
+
+
+def _module_message(error: ModuleNotFoundError) -> str | None:
+    from mmalign.doctor import OPTIONAL
+
+    if error.name == "mmalign.evaluators":
+        return "error: the evaluators are not installed. In a checkout, install once with: pip install -e ."
+    for part in OPTIONAL:
+        if error.name == part.module:
+            return f"error: {part.module} is not installed ({part.purpose}). Install it with: {part.install}"
+    return None

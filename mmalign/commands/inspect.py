@@ -1,0 +1,175 @@
+"""The verbs that look around: list, cache, doctor."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    evaluators = "evaluators"
+    methods = "methods"
+    models = "models"
+    formats = "formats"
+    configs = "configs"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Root = Annotated[Path | None, typer.Option("--root", help="The cache's folder, if not the usual one.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs and the group ``cache`` to the command line."""
+    panel = "Look and check"
+    app.command("list", rich_help_panel=panel)(list_)
+    app.command(rich_help_panel=panel)(doctor)
+    group = typer.Typer(
+        help="The cache of latents, prompt embeddings, reference errors and scores.", no_args_is_help=True
+    )
+    group.command("ls")(cache_ls)
+    group.command("clear")(cache_clear)
+    app.add_typer(group, name="cache", rich_help_panel=panel)
+
+
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: AsJson = False,
+    plugins: Annotated[bool, typer.Option(help="Look for evaluators in other installed packages too.")] = True,
+) -> None:
+    """List what there is: evaluators, training methods, model families, table formats, shipped configs.
+
+    [bold]Examples[/bold]
+
+        mmalign list evaluators
+
+        mmalign list methods --json
+    """
+    rows = listing(kind, plugins=plugins)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(kind.value)
+    table.add_column("summary")
+    for row in rows:
+        table.add_row(Text(row["name"]), Text(row["summary"], style="red" if "error" in row else ""))
+    Console().print(table)
+
+
+def listing(kind: Kind, *, plugins: bool = True) -> list[dict[str, Any]]:
+    """What there is of one kind: dictionaries with at least ``name`` and a one-line ``summary``, sorted as shown."""
+    match kind:
+        case Kind.evaluators:
+            return _evaluators(plugins)
+        case Kind.methods:
+            return _methods()
+        case Kind.models:
+            from mmalign.jobs import FAMILIES
+
+            return _named(FAMILIES)
+        case Kind.formats:
+            from mmalign.formats import FORMATS
+
+            return _named(FORMATS)
+        case Kind.configs:
+            return _configs()
+
+
+def _named(summaries: dict[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "summary": summary} for name, summary in summaries.items()]
+
+
+def _evaluators(plugins: bool) -> list[dict[str, Any]]:
+    from mmalign.discovery import find_evaluators
+
+    rows = []
+    for name, found in sorted(find_evaluators(plugins=plugins).items()):
+        row = {"name": name, "summary": found.summary or "", "origin": str(found.origin)}
+        if found.error:
+            row |= {"summary": f"broken: {found.error.splitlines()[0]}", "error": found.error}
+        rows.append(row)
+    return rows
+
+
+def _methods() -> list[dict[str, Any]]:
+    from mmalign.jobs import LOSSES
+
+    rows = []
+    for variant in LOSSES:
+        name = variant.model_fields["kind"].default
+        rows.append({"name": name, "summary": (variant.__doc__ or "").strip().splitlines()[0], "task": variant.task})
+    return rows
+
+
+def _configs() -> list[dict[str, Any]]:
+    from mmalign.paths import shipped
+
+    root = shipped("configs")
+    rows = []
+    for path in sorted(root.rglob("*.yaml")):
+        # The first line of a shipped config is its command, the second says what it does; a test keeps both.
+        lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines()[:2]]
+        rows.append({"name": f"configs/{path.relative_to(root).as_posix()}", "summary": lines[1], "command": lines[0]})
+    return rows
+
+
+def cache_ls(as_json: AsJson = False, root: Root = None) -> None:
+    """Show what the cache holds, by kind: entries and bytes.
+
+    [bold]Examples[/bold]
+
+        mmalign cache ls
+    """
+    from mmalign.cache import Cache
+    from mmalign.paths import cache_root
+
+    cache = Cache(root or cache_root())
+    rows = cache.ls()
+    typer.echo(json.dumps(rows) if as_json else rows)
+
+
+def cache_clear(
+    kind: Annotated[str | None, typer.Argument(help="Only this kind, as `mmalign cache ls` names it.")] = None,
+    root: Root = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete the cache, or one kind of it. Everything in it can be computed again.
+
+    [bold]Examples[/bold]
+
+        mmalign cache clear latents
+    """
+    from mmalign.cache import Cache
+    from mmalign.paths import cache_root
+
+    folder = root or cache_root()
+    if not yes:
+        typer.confirm(f"Delete {kind or 'everything'} in {folder}?", abort=True)
+    typer.echo(f"freed {Cache(folder).clear(kind)}")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this installation has: versions, devices, decoders, space, and what is missing with its command.
+
+    [bold]Examples[/bold]
+
+        mmalign doctor
+    """
+    from mmalign.doctor import examine, render
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps(findings.to_json(), indent=2, ensure_ascii=False))
+    else:
+        render(findings)
+    if not findings.healthy:
+        raise typer.Exit(1)

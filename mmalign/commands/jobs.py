@@ -1,0 +1,141 @@
+"""The verbs that do the work: quickstart, train, sample, score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmalign.commands.configs import Config, Job, Overrides, load_job, schema_of
+
+if TYPE_CHECKING:
+    from mmalign.config import Strict
+
+TABLES = {".jsonl", ".parquet", ".csv"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    for verb in (quickstart, train, sample, score):
+        app.command(rich_help_panel="Jobs")(verb)
+
+
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it makes.")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of sampling, annotator and training.")] = 0,
+    short: Annotated[
+        bool, typer.Option("--short", help="Fewer pairs and steps: shows that all parts work, proves nothing.")
+    ] = False,
+) -> None:
+    """Run the whole story on a CPU: sample, label, align with Diffusion-DPO, sample again, score, report.
+
+    It takes a few minutes on two cores, and ends with one table and the path of the report.
+
+    [bold]Examples[/bold]
+
+        mmalign quickstart
+
+        mmalign quickstart --seed 3 --output runs/quickstart-3
+    """
+    from mmalign import quickstart as story
+
+    story.run(output, seed=seed, short=short)
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint, exactly.")] = False,
+) -> None:
+    """Train a model: fine-tune it on captioned media, or align it with preferences.
+
+    [bold]Examples[/bold]
+
+        mmalign train configs/shapes/dpo.yaml
+
+        mmalign train configs/shapes/dpo.yaml --set loss.beta=500 --set output=runs/beta-500
+
+        mmalign train configs/shapes/dpo.yaml --resume
+
+        accelerate launch -m mmalign train configs/shapes/dpo.yaml
+    """
+    settings = load_job(config, overrides, Job.train)
+    from mmalign import train as job
+
+    typer.echo(f"run: {job.run(settings, resume=resume)}")
+
+
+def sample(config: Config, overrides: Overrides = None) -> None:
+    """Generate images from a table of prompts, with a seed per sample; writes a media table beside them.
+
+    [bold]Examples[/bold]
+
+        mmalign sample configs/shapes/sample.yaml
+
+        mmalign sample configs/shapes/sample.yaml --set lora=runs/dpo/export --set output=runs/aligned
+    """
+    settings = load_job(config, overrides, Job.sample)
+    from mmalign import sample as job
+
+    typer.echo(f"media table: {job.run(settings)}")
+
+
+def score(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG|TABLE]", help="A YAML file, or a media table with --evaluator.")
+    ] = None,
+    overrides: Overrides = None,
+    table: Annotated[Path | None, typer.Option(help="Media table: JSONL, parquet, or a folder of media.")] = None,
+    evaluator: Annotated[
+        list[str] | None, typer.Option("--evaluator", "-e", help="Name of an evaluator; repeatable.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
+) -> None:
+    """Score media with evaluators; running it again does only what is missing.
+
+    Everything can stand in a config, or a table and some evaluators can be named directly.
+
+    [bold]Examples[/bold]
+
+        mmalign score configs/shapes/score.yaml --set table=runs/aligned/samples.jsonl
+
+        mmalign score runs/base/samples.jsonl --evaluator shapes_truth --output runs/base/scores
+
+        mmalign score t.jsonl -e hps -o out --set evaluators.0.params.version=v2.1
+    """
+    settings = _score_config(source, overrides, table, evaluator or [], output)
+    from mmalign import score as job
+
+    typer.echo(f"results: {job.run(settings)}")
+
+
+def _score_config(
+    source: Path | None, overrides: list[str] | None, table: Path | None, evaluators: list[str], output: Path | None
+) -> Strict:
+    from mmalign import config
+
+    named = [f"{key}={value}" for key, value in (("table", table), ("output", output)) if value is not None]
+    if source is not None and (source.suffix in TABLES or source.is_dir()):
+        if table is not None:
+            raise config.ConfigError([f"both {source} and --table {table} name a table; keep one."])
+        table, source = source, None
+    if source is not None:
+        if evaluators:
+            raise config.ConfigError(["--evaluator goes with a table; a config names its evaluators itself."])
+        settings: Strict = load_job(source, [*named, *(overrides or [])], Job.score)
+        return settings
+    missing = [name for name, value in (("a table", table), ("--evaluator NAME", evaluators)) if not value]
+    if missing:
+        hint = "see `mmalign list evaluators`; or name a config." if table else "or name a config."
+        raise config.ConfigError([f"score needs {' and '.join(missing)}; {hint}"])
+    assert table is not None
+    home = table if table.is_dir() else table.parent
+    data = {
+        "table": str(table),
+        "evaluators": [{"name": name} for name in evaluators],
+        "output": str(output or home / "scores"),
+    }
+    return config.build(schema_of(Job.score), data, "mmalign score", overrides or [])

@@ -1,0 +1,65 @@
+"""The verbs that read results: compare, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    for verb in (compare, report):
+        app.command(rich_help_panel="Results")(verb)
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="Results folder to compare against, as a rule the base model's.")],
+    b: Annotated[Path, typer.Argument(help="Results folder whose wins are counted.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the comparison to this JSON file.")
+    ] = None,
+    allow_different: Annotated[
+        bool, typer.Option("--allow-different", help="Compare although versions or weights of an evaluator differ.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two scored runs prompt by prompt: differences, win rates, intervals, tests.
+
+    [bold]Examples[/bold]
+
+        mmalign compare runs/base/scores runs/aligned/scores
+
+        mmalign compare runs/base/scores runs/aligned/scores --json
+    """
+    from rich.console import Console
+
+    from mmalign.compare import compare as compare_runs
+
+    comparison = compare_runs(a, b, allow_different=allow_different)
+    if output is not None:
+        comparison.save(output)
+    if as_json:
+        typer.echo(json.dumps(comparison.to_json(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(comparison.table())
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="One or more results folders, the base model's first.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    run: Annotated[Path | None, typer.Option(help="Training run whose curves and config to show.")] = None,
+) -> None:
+    """Write one self-contained HTML page: distributions, win rates, thumbnails, training curves, the config.
+
+    [bold]Examples[/bold]
+
+        mmalign report runs/base/scores runs/aligned/scores --run runs/dpo --output report.html
+    """
+    from mmalign.report import build
+
+    typer.echo(f"report: {build(results, output, run=run)}")

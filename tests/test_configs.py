@@ -1,0 +1,77 @@
+"""Every shipped config is good, and says on its first line the command that runs it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from mmalign import config
+from mmalign.cli import app
+from mmalign.commands.configs import Job, job_of, load_job, schema_of
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
+named = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def test_there_are_configs() -> None:
+    assert CONFIGS
+
+
+@named
+def test_goes_through_its_schema(path: Path) -> None:
+    settings = load_job(path)
+    assert config.loads(type(settings), config.dump(settings)) == settings
+
+
+@named
+def test_first_line_is_its_command(path: Path) -> None:
+    first, second = path.read_text(encoding="utf-8").splitlines()[:2]
+    assert first.startswith("# "), "the first line of a config is a comment with its command"
+    words = shlex.split(first.removeprefix("# "))
+    while "=" in words[0]:  # environment variables before the command
+        words.pop(0)
+    if words[:3] == ["accelerate", "launch", "-m"]:
+        words = words[3:]
+    assert words[0] == "mmalign", first
+    verb, parameters = parse(words[1:])
+    job = job_of(config.read(path))
+    assert verb == job, f"the command runs `{verb}`, the keys are those of a {job} config"
+    file = parameters["config"] if verb != "score" else parameters["source"]
+    assert ROOT / file == path, f"the command names {file}"
+    assert job is not None
+    config.load(schema_of(job), path, parameters["overrides"] or [])
+    assert second.startswith("# ") and len(second) > 10, "the second line says in a sentence what the config does"
+
+
+def parse(words: list[str]) -> tuple[str, dict]:
+    """The verb and its parameters, as the command line itself would read them; fails on anything that it would refuse."""
+    group = get_command(app)
+    with group.make_context("mmalign", list(words)) as context:
+        name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+        with command.make_context(name, rest, parent=context) as inner:
+            return name, inner.params
+
+
+@named
+def test_writes_its_kinds_out(path: Path) -> None:
+    """A union without its ``kind`` cannot be overridden by ``--set``, so shipped configs always write it."""
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key in ("loss",):
+        if isinstance(data.get(key), dict):
+            assert "kind" in data[key]
+
+
+def test_parse_refuses_what_the_command_line_refuses() -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parse(["train", "--frobnicate", "x.yaml"])
+
+
+def test_every_job_has_tell_tale_keys() -> None:
+    for job in Job:
+        others = [set(schema_of(other).model_fields) for other in Job if other != job]
+        assert set(schema_of(job).model_fields) - set().union(*others)

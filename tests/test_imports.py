@@ -1,0 +1,182 @@
+"""The import directions of the design, read from the source; and that the command line starts light."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mmalign"
+
+# A module may import from its own layer and from those below it, never from one above.
+LAYERS: list[set[str]] = [
+    {"cli", "commands", "__main__"},
+    {"train", "sample", "score", "export", "quickstart", "report", "compare", "doctor"},
+    {"tasks", "guidance"},
+    {"models", "losses", "tables", "formats", "evaluation", "discovery", "stats", "results", "shapes", "testing"},
+    {"noise", "media", "cache", "config", "jobs", "paths", "explain", "yaml12"},
+]
+HEAVY = {
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "open_clip",
+    "peft",
+    "accelerate",
+    "pyarrow",
+    "matplotlib",
+}
+# What these may import besides the standard library and the package itself.
+LIGHT = {
+    "config": {"pydantic", "yaml"},
+    "jobs": {"pydantic"},
+    "explain": {"pydantic"},
+    "yaml12": {"yaml"},
+    "paths": set(),
+    "losses": {"torch"},
+    "noise": {"torch"},
+    "stats": {"numpy"},
+}
+EVALUATORS_MAY = {"mmalign.evaluation", "mmalign.media", "mmalign.config"}
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, inner: bool = True) -> set[str]:
+    """Full names of what a file imports; ``inner`` includes imports inside functions, but never those for typing only."""
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not inner:
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])]
+                )
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                is_module = base.split(".")[0] in {"mmalign", "evaluators"} and _is_module(whole)
+                found.add(whole if is_module else base)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT / Path(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def layer(name: str) -> int | None:
+    """The layer of a module of the package; None for the package itself and for helpers of one layer's module."""
+    part = name.split(".")[1] if "." in name else ""
+    return next((index for index, names in enumerate(LAYERS) if part in names), None)
+
+
+def first_parts(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: module_of(path))
+def test_imports_point_down(path: Path) -> None:
+    own = layer(module_of(path))
+    for name in imports(path):
+        if name.split(".")[0] != "mmalign" or own is None:
+            continue
+        other = layer(name)
+        assert other is None or other >= own, f"{module_of(path)} may not import {name}: it is in a layer above"
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: module_of(path))
+def test_nobody_imports_an_evaluator_by_name(path: Path) -> None:
+    named = {name for name in imports(path) if name.startswith(("mmalign.evaluators.", "evaluators"))}
+    assert not named, f"{module_of(path)} imports {named}; evaluators are found, not imported"
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT))
+def test_light_modules_stay_light(name: str) -> None:
+    single = PACKAGE / f"{name}.py"
+    files = [single] if single.is_file() else sources(PACKAGE / name)
+    assert files, f"mmalign.{name} is gone; take it off the list"
+    for path in files:
+        extra = first_parts(imports(path)) - LIGHT[name] - {"mmalign"}
+        assert not extra, f"{module_of(path)} imports {extra}"
+        if "torch" in LIGHT[name]:
+            others = {i for i in imports(path) if i.startswith("mmalign.") and not i.startswith(f"mmalign.{name}")}
+            assert not others, f"{module_of(path)} imports {others}; {name} stands on torch alone"
+
+
+@pytest.mark.parametrize("path", sources(ROOT / "evaluators"), ids=lambda path: path.stem)
+def test_evaluators_import_the_contract_alone(path: Path) -> None:
+    allowed = EVALUATORS_MAY | _evaluator_extras(path)
+    ours = {name for name in imports(path) if name.split(".")[0] == "mmalign"}
+    assert ours <= allowed, f"{path.name} imports {sorted(ours - allowed)}"
+
+
+def _evaluator_extras(path: Path) -> set[str]:
+    """Shared parts of a family of evaluators, each with the reason that it is not the contract's business."""
+    if path.stem == "shapes_truth":
+        return {"mmalign.shapes", "mmalign.shapes.reader", "mmalign.shapes.scene", "mmalign.shapes.captions"}
+    return {"mmalign.clip_scoring", "mmalign.clip_backbone", "mmalign.weights"}  # CLIP towers, shared by three of them
+
+
+@pytest.mark.parametrize("path", [*sources(PACKAGE), *sources(ROOT / "evaluators")], ids=lambda path: module_of(path))
+def test_modules_have_a_docstring_and_a_telling_name(path: Path) -> None:
+    assert path.stem not in {"utils", "util", "helpers", "misc", "common"}
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{module_of(path)} has no docstring"
+
+
+def test_every_package_is_installed() -> None:
+    """A wheel holds the packages that pyproject.toml names, and no others: a new folder has to be added there."""
+    named = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {module_of(path) for path in sources(PACKAGE) if path.name == "__init__.py"}
+    assert there <= named, f"add to [tool.setuptools] packages: {sorted(there - named)}"
+    loose = {module_of(path).rpartition(".")[0] for path in sources(PACKAGE)} - {""} - there
+    assert not loose, f"folders of modules without __init__.py: {sorted(loose)}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "--help"], ["list", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom mmalign.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    print(f"mmalign {' '.join(arguments)}: {time.perf_counter() - start:.2f} s")
+    assert "Usage" in done.stdout
+    loaded = set(done.stderr.split("LOADED", 1)[1].split())
+    assert "mmalign" in loaded and not loaded & HEAVY, loaded & HEAVY
+
+
+def test_schemas_load_nothing_heavy() -> None:
+    code = "import sys, mmalign.jobs, mmalign.commands.inspect\nprint(*{n.split('.')[0] for n in sys.modules})"
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert not set(done.stdout.split()) & HEAVY
