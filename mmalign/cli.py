@@ -1,8 +1,8 @@
 """The command line: assembles the verbs, and turns users' mistakes into messages.
 
 Nothing heavy is imported here or at the top of the verbs' modules, so that ``mmalign --help`` answers at once; a test
-keeps it so. Exit codes: 0 done, 1 a defect of mmalign (with its traceback) or a doctor's bad finding, 2 a mistake in what
-was asked for, 130 interrupted.
+keeps it so. Exit codes: 0 done; 1 a defect of mmalign (with its traceback), or something bad that ``doctor`` found; 2 a
+mistake in what was asked for; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import typer
 
 from mmalign import __version__
 from mmalign.commands import configs, inspect, jobs, results
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 app = typer.Typer(
     name="mmalign",
@@ -57,8 +59,10 @@ def main() -> None:
     """Run the command line and end the process with its exit code."""
     try:
         app(prog_name="mmalign")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:
+            sys.stderr.write(f"interrupted{_interruption(end)}\n")
+        raise
     except Exception as error:
         message = None if debugging() else user_message(error)
         if message is None:
@@ -91,6 +95,14 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
+def _interruption(end: BaseException) -> str:
+    """What the interrupted verb said; typer has turned its KeyboardInterrupt into the exit code."""
+    error: BaseException | None = end
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return f": {error}" if error is not None and str(error) else ""
+
+
 def _raised_by_us(error: BaseException) -> bool:
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None:
@@ -100,10 +112,12 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _file_message(error: OSError) -> str | None:
-    if error.filename is not None:
-        fix = " Free some space, or name another folder." if error.errno == errno.ENOSPC else ""
-        return f"error: {error.filename}: {error.strerror}.{fix}"
-    return f"error: {error}" if _raised_by_us(error) else None
+    if error.filename is None:
+        return f"error: {error.strerror or error}" if _raised_by_us(error) else None
+    # Where mmalign's own code already says what to do, its words stand alone.
+    plain = error.errno is not None and error.strerror == os.strerror(error.errno)
+    fix = ". Free some space, or name another folder." if plain and error.errno in FULL else ""
+    return f"error: {error.filename}: {error.strerror}{fix}"
 
 
 def _module_message(error: ModuleNotFoundError) -> str | None:

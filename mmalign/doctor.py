@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import __version__
-from mmalign.paths import cache_root
 
 GIB = 2**30
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "MMALIGN_CACHE", "OMP_NUM_THREADS")
@@ -228,9 +227,10 @@ def _version(module: str) -> str:
 
 
 def _folders() -> list[Line]:
+    from mmalign.cache import default_root
     from mmalign.paths import shipped
 
-    lines = [_space("cache", cache_root()), _space("here", Path.cwd())]
+    lines = [_space("cache", default_root()), _space("here", Path.cwd())]
     for name in ("configs", "assets"):
         try:
             lines.append(Line(name, str(shipped(name))))

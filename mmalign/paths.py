@@ -1,13 +1,12 @@
 """Where the shipped ``configs/`` and ``assets/`` are.
 
 In a checkout (and so in an editable install) they lie at the top level, beside the package; in an installed wheel they
-lie inside it. A path such as ``configs/shapes/dpo.yaml`` or ``assets/shapes-sd`` means the user's own file where there is
-one, and the shipped one otherwise, so that the commands in the documentation work from any folder.
+lie inside it. A path such as ``configs/shapes/dpo.yaml`` or ``assets/shapes-sd`` means the user's own file where there
+is one, and the shipped one otherwise, so that the commands in the documentation work from any folder.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -39,11 +38,3 @@ def find(path: str | Path) -> Path:
         if (home / path).exists():
             return home / path
     return path
-
-
-def cache_root() -> Path:
-    """The folder of the cache: ``$MMALIGN_CACHE``, else ``mmalign`` in the user's cache folder (as XDG defines it)."""
-    own = os.environ.get("MMALIGN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mmalign"

@@ -58,7 +58,7 @@ class Document:
 class _Composer(yaml.SafeLoader):
     """Nodes only, resolved by the core schema; nothing is constructed from tags."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own attribute)
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
 
 class Dumper(yaml.SafeDumper):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -247,9 +248,13 @@ class TestMistakes:
         [
             (
                 FileNotFoundError(2, "No such file or directory", "model/x"),
-                "error: model/x: No such file or directory.",
+                "error: model/x: No such file or directory",
             ),
             (OSError(28, "No space left on device", "out/a"), "error: out/a: No space left on device. Free some space"),
+            (
+                OSError(28, "the cache is full; run `mmalign cache clear`", "c"),
+                "error: c: the cache is full; run `mmalign cache clear`",
+            ),
             (ModuleNotFoundError("x", name="bitsandbytes"), "error: bitsandbytes is not installed"),
             (ModuleNotFoundError("x", name="mmalign.evaluators"), "error: the evaluators are not installed."),
             (type("OutOfMemoryError", (RuntimeError,), {})("tried 2 GiB"), "error: the accelerator's memory is full"),
@@ -264,11 +269,12 @@ class TestMistakes:
 
     def test_interrupted(self, run: Run, job: Any, tmp_path: Path) -> None:
         def interrupted(settings: object, resume: bool) -> None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped after step 3")
 
         (tmp_path / "x.yaml").write_text(TRAIN)
         job("train", interrupted)
-        assert run("train", "x.yaml")[0] == 130
+        code, _, err = run("train", "x.yaml")
+        assert (code, err) == (130, "interrupted: stopped after step 3\n")
 
     def test_unknown_verb_and_option(self, run: Run) -> None:
         assert run("trian")[0] == 2
@@ -302,8 +308,8 @@ class TestMistakes:
 class TestHelp:
     @pytest.mark.parametrize(
         "verb",
-        ["quickstart", "train", "sample", "score", "compare", "report", "list", "config show", "config schema"]
-        + ["config check", "cache ls", "cache clear", "doctor"],
+        "quickstart, train, sample, score, compare, report, list, config show, config schema, config check, "
+        "cache ls, cache clear, doctor".split(", "),
     )
     def test_every_verb_teaches_with_an_example(self, run: Run, verb: str) -> None:
         code, out, _ = run(*verb.split(), "--help")
@@ -311,6 +317,34 @@ class TestHelp:
 
     def test_version(self, run: Run) -> None:
         assert run("--version")[:2] == (0, f"mmalign {mmalign.__version__}\n")
+
+
+class TestCache:
+    def test_ls_and_clear(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        from mmalign.cache import Cache
+
+        cache = Cache(tmp_path / "c")
+        cache.put("latents", cache.key(a=1), {"x": torch.zeros(3)})
+        cache.put("scores", cache.key(a=2), {"x": torch.zeros(3)})
+        rows = {row["kind"]: row for row in json.loads(run("cache", "ls", "--root", "c", "--json")[1])}
+        assert (rows["latents"]["entries"], rows["scores"]["entries"], rows["prompt_embeddings"]["entries"]) == (
+            1,
+            1,
+            0,
+        )
+        assert "latents" in run("cache", "ls", "--root", "c")[1]
+
+        code, _, err = run("cache", "clear", "latnets", "--root", "c", "--yes")
+        assert code == 2 and "Did you mean 'latents'?" in err
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        assert run("cache", "clear", "latents", "--root", "c")[0] == 1, "without an answer nothing is deleted"
+        assert cache.ls()[0].entries == 1
+        assert run("cache", "clear", "latents", "--root", "c", "--yes")[1].startswith("deleted 1 entries, ")
+        assert [held.entries for held in cache.ls() if held.entries] == [1]
+        assert run("cache", "clear", "--root", "c", "--yes")[0] == 0
+        assert not any(held.entries for held in cache.ls())
 
 
 class TestDoctor:

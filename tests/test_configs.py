@@ -49,7 +49,7 @@ def test_first_line_is_its_command(path: Path) -> None:
 
 
 def parse(words: list[str]) -> tuple[str, dict]:
-    """The verb and its parameters, as the command line itself would read them; fails on anything that it would refuse."""
+    """The verb and its parameters, as the command line itself reads them; raises on anything that it refuses."""
     group = get_command(app)
     with group.make_context("mmalign", list(words)) as context:
         name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])

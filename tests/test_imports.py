@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -18,10 +19,37 @@ PACKAGE = ROOT / "mmalign"
 # A module may import from its own layer and from those below it, never from one above.
 LAYERS: list[set[str]] = [
     {"cli", "commands", "__main__"},
-    {"train", "sample", "score", "export", "quickstart", "report", "compare", "doctor"},
+    {
+        "train",
+        "sample",
+        "score",
+        "export",
+        "quickstart",
+        "report",
+        "compare",
+        "doctor",
+        "testing",
+        "runs",
+        "checkpoints",
+    }
+    | {"score_plan", "score_store", "score_summary", "score_worker", "report_media", "report_plots", "report_run"},
     {"tasks", "guidance"},
-    {"models", "losses", "tables", "formats", "evaluation", "discovery", "stats", "results", "shapes", "testing"},
-    {"noise", "media", "cache", "config", "jobs", "paths", "explain", "yaml12"},
+    {"models", "losses", "tables", "formats", "records", "evaluation", "discovery", "results", "stats", "figures"}
+    | {"clip_backbone", "clip_scoring", "shapes"},
+    {
+        "noise",
+        "media",
+        "source",
+        "video",
+        "cache",
+        "config",
+        "explain",
+        "yaml12",
+        "jobs",
+        "paths",
+        "progress",
+        "weights",
+    },
 ]
 HEAVY = {
     "torch",
@@ -58,7 +86,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path, *, inner: bool = True) -> set[str]:
-    """Full names of what a file imports; ``inner`` includes imports inside functions, but never those for typing only."""
+    """Full names of what a file imports, but for typing; ``inner`` includes the imports inside functions."""
     module = module_of(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
@@ -92,24 +120,51 @@ def _is_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
+def part(name: str) -> str:
+    """The module or folder directly under the package that a full name belongs to; empty for the package itself."""
+    return name.split(".")[1] if "." in name else ""
+
+
 def layer(name: str) -> int | None:
-    """The layer of a module of the package; None for the package itself and for helpers of one layer's module."""
-    part = name.split(".")[1] if "." in name else ""
-    return next((index for index, names in enumerate(LAYERS) if part in names), None)
+    """The layer of a module; None for the package itself."""
+    return next((index for index, names in enumerate(LAYERS) if part(name) in names), None)
 
 
 def first_parts(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
 
 
+PARTS = sorted({part(module_of(path)) for path in sources(PACKAGE)} - {""})
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_has_one_layer(name: str) -> None:
+    assert sum(name in names for names in LAYERS) == 1, (
+        f"put mmalign.{name} into the layer of LAYERS that it belongs to"
+    )
+
+
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: module_of(path))
 def test_imports_point_down(path: Path) -> None:
     own = layer(module_of(path))
-    for name in imports(path):
-        if name.split(".")[0] != "mmalign" or own is None:
-            continue
-        other = layer(name)
-        assert other is None or other >= own, f"{module_of(path)} may not import {name}: it is in a layer above"
+    for name in sorted(imports(path)):
+        other = layer(name) if name.split(".")[0] == "mmalign" else None
+        assert own is None or other is None or other >= own, (
+            f"{module_of(path)} may not import {name}, a layer above it"
+        )
+
+
+def test_no_circles() -> None:
+    """Also within a layer, no two parts import each other, not even by way of others or inside a function."""
+    graph: dict[str, set[str]] = {name: set() for name in PARTS}
+    for path in sources(PACKAGE):
+        own = part(module_of(path))
+        if own:
+            graph[own] |= {part(name) for name in imports(path) if name.startswith("mmalign.")} & (set(PARTS) - {own})
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail("these import each other in a circle: " + " <- ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: module_of(path))
@@ -141,7 +196,7 @@ def test_evaluators_import_the_contract_alone(path: Path) -> None:
 def _evaluator_extras(path: Path) -> set[str]:
     """Shared parts of a family of evaluators, each with the reason that it is not the contract's business."""
     if path.stem == "shapes_truth":
-        return {"mmalign.shapes", "mmalign.shapes.reader", "mmalign.shapes.scene", "mmalign.shapes.captions"}
+        return {module_of(file) for file in sources(PACKAGE / "shapes")}
     return {"mmalign.clip_scoring", "mmalign.clip_backbone", "mmalign.weights"}  # CLIP towers, shared by three of them
 
 

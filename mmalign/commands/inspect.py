@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,18 +124,30 @@ def _configs() -> list[dict[str, Any]]:
 
 
 def cache_ls(as_json: AsJson = False, root: Root = None) -> None:
-    """Show what the cache holds, by kind: entries and bytes.
+    """Show what the cache holds, by kind: entries and size.
 
     [bold]Examples[/bold]
 
         mmalign cache ls
     """
     from mmalign.cache import Cache
-    from mmalign.paths import cache_root
 
-    cache = Cache(root or cache_root())
-    rows = cache.ls()
-    typer.echo(json.dumps(rows) if as_json else rows)
+    cache = Cache(root)
+    rows = [asdict(held) for held in cache.ls()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kind")
+    for heading in ("entries", "size"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row["kind"], f"{row['entries']:,}", _size(row["bytes"]))
+    console = Console()
+    console.print(table)
+    console.print(f"in {cache.root}", markup=False, highlight=False, soft_wrap=True)
 
 
 def cache_clear(
@@ -146,15 +159,29 @@ def cache_clear(
 
     [bold]Examples[/bold]
 
-        mmalign cache clear latents
+        mmalign cache clear
+
+        mmalign cache clear latents --yes
     """
     from mmalign.cache import Cache
-    from mmalign.paths import cache_root
 
-    folder = root or cache_root()
-    if not yes:
-        typer.confirm(f"Delete {kind or 'everything'} in {folder}?", abort=True)
-    typer.echo(f"freed {Cache(folder).clear(kind)}")
+    cache = Cache(root)
+    held = [one for one in cache.ls() if kind in (None, one.kind)]
+    entries = sum(one.entries for one in held)
+    if entries and not yes:
+        size = _size(sum(one.bytes for one in held))
+        typer.confirm(f"Delete {entries:,} entries ({size}) of {kind or 'every kind'} in {cache.root}?", abort=True)
+    gone = cache.clear(kind)
+    typer.echo(f"deleted {gone.entries:,} entries, {_size(gone.bytes)}")
+
+
+def _size(count: float) -> str:
+    """Bytes for a person, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
 
 
 def doctor(as_json: AsJson = False) -> None:
