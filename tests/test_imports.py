@@ -34,7 +34,19 @@ LAYERS: list[set[str]] = [
     }
     | {"score_plan", "score_store", "score_summary", "score_worker", "report_media", "report_plots", "report_run"},
     {"tasks", "guidance"},
-    {"models", "losses", "tables", "formats", "records", "evaluation", "discovery", "results", "stats", "figures"}
+    {
+        "models",
+        "losses",
+        "tables",
+        "media_table",
+        "formats",
+        "records",
+        "evaluation",
+        "discovery",
+        "results",
+        "stats",
+        "figures",
+    }
     | {"clip_backbone", "clip_scoring", "shapes"},
     {
         "noise",

@@ -10,7 +10,7 @@ import typer
 from mmalign.commands.configs import Config, Job, Overrides, load_job, schema_of
 
 if TYPE_CHECKING:
-    from mmalign.config import Strict
+    from mmalign.jobs import ScoreConfig
 
 TABLES = {".jsonl", ".parquet", ".csv"}
 
@@ -40,9 +40,9 @@ def quickstart(
 
         mmalign quickstart --seed 3 --output runs/quickstart-3
     """
-    from mmalign import quickstart as story
+    from mmalign.quickstart import run
 
-    story.run(output, seed=seed, short=short)
+    run(output, seed=seed, short=short)
 
 
 def train(
@@ -63,9 +63,9 @@ def train(
         accelerate launch -m mmalign train configs/shapes/dpo.yaml
     """
     settings = load_job(config, overrides, Job.train)
-    from mmalign import train as job
+    from mmalign.train import run
 
-    typer.echo(f"run: {job.run(settings, resume=resume)}")
+    typer.echo(f"run: {run(settings, resume=resume)}")
 
 
 def sample(config: Config, overrides: Overrides = None) -> None:
@@ -78,9 +78,9 @@ def sample(config: Config, overrides: Overrides = None) -> None:
         mmalign sample configs/shapes/sample.yaml --set lora=runs/dpo/export --set output=runs/aligned
     """
     settings = load_job(config, overrides, Job.sample)
-    from mmalign import sample as job
+    from mmalign.sample import run
 
-    typer.echo(f"media table: {job.run(settings)}")
+    typer.echo(f"media table: {run(settings)}")
 
 
 def score(
@@ -107,14 +107,14 @@ def score(
         mmalign score t.jsonl -e hps -o out --set evaluators.0.params.version=v2.1
     """
     settings = _score_config(source, overrides, table, evaluator or [], output)
-    from mmalign import score as job
+    from mmalign.score import run
 
-    typer.echo(f"results: {job.run(settings)}")
+    typer.echo(f"results: {run(settings)}")
 
 
 def _score_config(
     source: Path | None, overrides: list[str] | None, table: Path | None, evaluators: list[str], output: Path | None
-) -> Strict:
+) -> ScoreConfig:
     from mmalign import config
 
     named = [f"{key}={value}" for key, value in (("table", table), ("output", output)) if value is not None]
@@ -125,7 +125,7 @@ def _score_config(
     if source is not None:
         if evaluators:
             raise config.ConfigError(["--evaluator goes with a table; a config names its evaluators itself."])
-        settings: Strict = load_job(source, [*named, *(overrides or [])], Job.score)
+        settings: ScoreConfig = load_job(source, [*named, *(overrides or [])], Job.score)
         return settings
     missing = [name for name, value in (("a table", table), ("--evaluator NAME", evaluators)) if not value]
     if missing:
@@ -138,4 +138,5 @@ def _score_config(
         "evaluators": [{"name": name} for name in evaluators],
         "output": str(output or home / "scores"),
     }
-    return config.build(schema_of(Job.score), data, "mmalign score", overrides or [])
+    settings = config.build(schema_of(Job.score), data, "mmalign score", overrides or [])
+    return settings
