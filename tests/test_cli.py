@@ -85,11 +85,11 @@ class TestJobs:
         calls: list[Any] = []
         job("score", lambda settings: calls.append(settings) or settings.output)
         (tmp_path / "x.yaml").write_text(SCORE)
-        assert run("score", "x.yaml", "--table", "other.jsonl")[:2] == (0, "results: out\n")
+        assert run("score", "x.yaml", "--table", "an: other #1.jsonl")[:2] == (0, "results: out\n")
         assert run("score", "d/t.jsonl", "-e", "hps", "-e", "clip_score")[:2] == (0, "results: d/scores\n")
         assert run("score", "--table", "t.parquet", "--evaluator", "hps", "-o", "o", "--set", "batch_size=2")[0] == 0
         assert run("score", "t.jsonl", "-e", "hps", "--set", "evaluators.0.params.version=v2.1")[0] == 0
-        assert calls[0].table == Path("other.jsonl")
+        assert calls[0].table == Path("an: other #1.jsonl")
         assert [one.name for one in calls[1].evaluators] == ["hps", "clip_score"]
         assert (calls[2].table, calls[2].output, calls[2].batch_size) == (Path("t.parquet"), Path("o"), 2)
         assert calls[3].evaluators[0].params == {"version": "v2.1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from mmalign.commands.configs import Config, Job, Overrides, load_job, schema_of
 if TYPE_CHECKING:
     from mmalign.jobs import ScoreConfig
 
-TABLES = {".jsonl", ".parquet", ".csv"}
+TABLES = {".jsonl", ".parquet"}
 
 
 def register(app: typer.Typer) -> None:
@@ -117,7 +118,10 @@ def _score_config(
 ) -> ScoreConfig:
     from mmalign import config
 
-    named = [f"{key}={value}" for key, value in (("table", table), ("output", output)) if value is not None]
+    # JSON's quotes are YAML's too, so that any path arrives as it is.
+    named = [
+        f"{key}={json.dumps(str(value))}" for key, value in (("table", table), ("output", output)) if value is not None
+    ]
     if source is not None and (source.suffix in TABLES or source.is_dir()):
         if table is not None:
             raise config.ConfigError([f"both {source} and --table {table} name a table; keep one."])
@@ -125,8 +129,8 @@ def _score_config(
     if source is not None:
         if evaluators:
             raise config.ConfigError(["--evaluator goes with a table; a config names its evaluators itself."])
-        settings: ScoreConfig = load_job(source, [*named, *(overrides or [])], Job.score)
-        return settings
+        from_file: ScoreConfig = load_job(source, [*named, *(overrides or [])], Job.score)
+        return from_file
     missing = [name for name, value in (("a table", table), ("--evaluator NAME", evaluators)) if not value]
     if missing:
         hint = "see `mmalign list evaluators`; or name a config." if table else "or name a config."
@@ -138,5 +142,5 @@ def _score_config(
         "evaluators": [{"name": name} for name in evaluators],
         "output": str(output or home / "scores"),
     }
-    settings = config.build(schema_of(Job.score), data, "mmalign score", overrides or [])
-    return settings
+    from_words: ScoreConfig = config.build(schema_of(Job.score), data, "mmalign score", overrides or [])
+    return from_words
