@@ -1,0 +1,1 @@
+"""Objectives: pure functions on tensors, `(loss, metrics)` out, float32 inside. One file per family."""

@@ -1,0 +1,141 @@
+"""The run folder: what is written beside the checkpoints, and what is checked before a run begins."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign import checkpoints
+from mmalign.config import dump
+from mmalign.jobs import TrainConfig
+
+_MAY_CHANGE = {"checkpoint", "validation", "log", "output", "device"}
+
+
+def versions() -> dict[str, str]:
+    """Library versions, the git commit of the working folder if there is one, and the machine."""
+    names = ("mmalign", "torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft")
+    found = {name: version(name) for name in names}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    commit = git.stdout.strip() if git.returncode == 0 else "none"
+    return {**found, "python": platform.python_version(), "git": commit, "machine": platform.machine()}
+
+
+def prepare_folder(config: TrainConfig, resume: bool) -> None:
+    """Makes the run folder and writes the resolved config.
+
+    Raises:
+        ValueError: it already holds a run and `resume` is off, or the config differs from the one it was begun with.
+    """
+    last = checkpoints.newest(config.output / "checkpoints")
+    if last and not resume:
+        raise ValueError(
+            f"{config.output} already holds a run ({last.name}). Add --resume to go on with it, "
+            "or choose another folder with --set output=..."
+        )
+    if last:
+        before = json.loads(checkpoints.read(last)[1]["config"])
+        now = json.loads(config.model_dump_json())
+        changed = [key for key in now if now[key] != before.get(key) and key not in _MAY_CHANGE]
+        if changed:
+            raise ValueError(
+                f"{config.output} was begun with other values of: {', '.join(changed)}. Resume with the same config "
+                f"(it is in {config.output}/config.yaml), or begin a new run in another folder."
+            )
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "config.yaml").write_text(dump(config))
+
+
+def write_facts(config: TrainConfig, task: Any, parameters: int) -> None:
+    """run.json: versions, data summary, number of trained parameters, what the task adds; the summary is printed."""
+    facts = {"versions": versions(), "seed": config.seed, "items": task.size, "trained_parameters": parameters, **task.facts}
+    (config.output / "run.json").write_text(json.dumps(facts, indent=2, default=str))
+    print(f"{config.task}: {task.facts.get('data', '')}; training {parameters:,} parameters", file=sys.stderr)
+
+
+def peak_memory() -> int:
+    """Bytes: the GPU's peak where there is one, else this process's resident peak."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsLog:
+    """metrics.jsonl, and whatever trackers the config names. On resume, records after the checkpoint are dropped."""
+
+    def __init__(self, folder: Path, accelerator: Any, step: int):
+        self.accelerator = accelerator
+        self.file = None
+        if accelerator.is_main_process:
+            path = folder / "metrics.jsonl"
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
+            path.write_text("".join(kept))
+            self.file = path.open("a")
+        self.last_step = step
+
+    def write(self, loop: Any, sums: dict[str, Tensor], seconds: float) -> dict[str, float]:
+        """Averages over processes and writes one record."""
+        values = {name: value.detach().float().reshape(()) for name, value in sums.items()}
+        if self.accelerator.num_processes > 1:
+            values = {name: self.accelerator.reduce(value.to(self.accelerator.device), "mean") for name, value in values.items()}
+        optim, steps = loop.config.optim, loop.step - self.last_step
+        items = optim.batch_size * optim.accumulate * self.accelerator.num_processes
+        self.last_step = loop.step
+        record = {
+            "step": loop.step,
+            "epoch": loop.step * items / loop.task.size,
+            **{name: value.item() for name, value in values.items()},
+            "lr": loop.schedule.get_last_lr()[0],
+            f"{loop.task.unit}_per_second": steps * items / max(seconds, 1e-9),
+            "peak_memory": peak_memory(),
+        }
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=loop.step)
+        return record
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a file that a kill may have cut short."""
+    text = path.read_text() if path.exists() else ""
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+class CatchInterrupt:
+    """Turns Ctrl-C into a flag, so that the step in progress is finished and saved. A second one acts at once."""
+
+    def __init__(self) -> None:
+        self.hit = False
+
+    def __enter__(self) -> CatchInterrupt:
+        try:
+            self._before: Any = signal.signal(signal.SIGINT, self._handle)
+        except ValueError:  # not in the main thread: leave signals alone
+            self._before = None
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.hit:
+            raise KeyboardInterrupt
+        self.hit = True
+        print("finishing this step, then saving (press Ctrl-C again to stop at once)", file=sys.stderr)
+
+    def __exit__(self, *details: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)

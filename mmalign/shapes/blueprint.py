@@ -1,0 +1,104 @@
+"""Writes the shapes models' configuration folders, without weights: `python -m mmalign.shapes.blueprint configs/shapes`.
+
+The tokenizer is a real CLIP byte-pair tokenizer whose merges make every word of the grammar one token; any other
+text falls back to letters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from mmalign.shapes.captions import WORDS
+
+TOKENS = 24  # longest prompt, with begin and end
+
+
+def byte_letters() -> list[str]:
+    """The 256 printable stand-ins for bytes that CLIP's byte-level BPE starts from."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """vocab.json and the lines of merges.txt."""
+    letters = byte_letters()
+    tokens = letters + [letter + "</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        for pair in merges:  # in order of priority, as BPE applies them
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == pair:
+                    parts[i : i + 2] = ["".join(pair)]
+                i += 1
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            parts[:2] = ["".join(pair)]
+            merges.append(pair)
+            tokens.append(parts[0])
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
+
+
+def write_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Saves the tokenizer folder and returns the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS, pad_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_sd(folder: Path) -> None:
+    """configs/shapes/sd: a StableDiffusionPipeline of about 4 million parameters, 64x64 pixels, 8x8x8 latents."""
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=TOKENS, projection_dim=96, hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    text.architectures = ["CLIPTextModel"]
+    text.save_pretrained(folder / "text_encoder")
+    UNet2DConditionModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(72, 104), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=96, attention_head_dim=4, norm_num_groups=8,
+    ).save_config(folder / "unet")  # fmt: skip
+    AutoencoderKL(
+        latent_channels=8, block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64,
+        mid_block_add_attention=False, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    ).save_config(folder / "vae")  # fmt: skip
+    DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing",
+        rescale_betas_zero_snr=False,
+    ).save_pretrained(folder / "scheduler")  # fmt: skip
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    write_sd(Path(sys.argv[1]) / "sd")

@@ -1,0 +1,36 @@
+"""What one optimisation step means. A task is a class with these members; `mmalign.train` needs nothing else:
+
+    modules: nn.ModuleDict               what is optimised, by name
+    size: int                            how many items there are (pairs, pictures)
+    unit: str                            what an item is called in the log
+    facts: dict                          what to write into run.json (kept and dropped rows, beta in both units)
+    load(positions)                      CPU work for [(item, epoch), ...]; runs ahead in a thread
+    loss(batch)                          -> (scalar loss, metrics); runs inside the model's forward
+    validate(folder, step)               pictures, or nothing
+    export(folder, config)               the finished checkpoint, in the formats that other tools load
+    describe(batch)                      names the items of a batch, for the message of a NaN stop
+
+A new task is one more file here and one more line in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from mmalign.jobs import TrainConfig
+
+TASKS = {
+    "preference": "mmalign.tasks.preference:PreferenceTask",
+    "sft": "mmalign.tasks.sft:SFTTask",
+    "autoencoder": "mmalign.tasks.autoencoder:AutoencoderTask",
+    "reward": "mmalign.tasks.reward:RewardTask",
+}
+
+
+def make(config: TrainConfig, device: torch.device) -> Any:
+    """The task of a config, with model and data loaded."""
+    module, _, name = TASKS[config.task].partition(":")
+    return getattr(importlib.import_module(module), name)(config, device)

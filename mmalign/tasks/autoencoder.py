@@ -1,0 +1,74 @@
+"""Training the autoencoder of a latent diffusion pipeline: one step reconstructs a batch of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmalign.jobs import TrainConfig
+from mmalign.losses import supervised
+from mmalign.media import write_image
+from mmalign.models import base
+from mmalign.tasks import sources
+from mmalign.tasks.inputs import View, cut, draw, picture
+
+
+class AutoencoderTask:
+    unit = "images"
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config = config
+        self.adapter = base.load(config.model, device=device)
+        self.vae = self.adapter.vae.requires_grad_(True).train()
+        if device.type == "cpu":
+            self.vae.to(memory_format=torch.channels_last)
+        self.modules = nn.ModuleDict({"vae": self.vae})
+        self.items, dropped = sources.singles(config.data)
+        self.size = len(self.items)
+        self.facts: dict[str, Any] = {"data": dropped}
+
+    def load(self, positions: list[tuple[int, int]]) -> dict[str, Any]:
+        data, pixels, generators = self.config.data, [], []
+        for index, epoch in positions:
+            item = self.items[index]
+            generator = draw(self.config.seed, item.media.hash(), epoch)
+            pixels.append(cut(picture(item.media), data.resolution, View.draw(data, generator))[0])
+            generators.append(generator)
+        return {"pixels": torch.stack(pixels), "generators": generators, "items": [i for i, _ in positions]}
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.config.loss
+        pixels = batch["pixels"].to(self.adapter.device)
+        posterior = self.vae.encode(pixels).latent_dist
+        unit = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in batch["generators"]])
+        decoded = self.vae.decode(posterior.mean + posterior.std * unit.to(pixels.device)).sample
+        kl = posterior.kl() / posterior.mean[0].numel()
+        return supervised.reconstruction(pixels, decoded, kl, l1=loss.l1, l2=loss.l2, kl_weight=loss.kl)
+
+    @torch.no_grad()
+    def validate(self, folder: Path, step: int) -> None:
+        """Writes a strip of originals above their reconstructions."""
+        pixels = self.load([(i, 0) for i in range(min(8, self.size))])["pixels"].to(self.adapter.device)
+        decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        rows = torch.cat([torch.cat(list(part), dim=2) for part in (pixels, decoded)], dim=1)
+        image = ((rows.permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
+        write_image(folder / f"step-{step:06d}.png", image)
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """Sets scaling_factor so that latents have unit variance on the training pictures, and saves the VAE."""
+        self.vae.eval()
+        latents = [
+            self.vae.encode(self.load([(i, 0)])["pixels"].to(self.adapter.device)).latent_dist.mode()
+            for i in range(min(256, self.size))
+        ]
+        factor = 1 / torch.cat(latents).std().item()
+        self.vae.register_to_config(scaling_factor=round(factor, 5))
+        self.vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+
+    def describe(self, batch: dict[str, Any]) -> str:
+        return ", ".join(self.items[i].media.name for i in batch["items"])

@@ -1,0 +1,103 @@
+"""What the diffusion tasks share at both ends of a run: what is trainable, validation pictures, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import nn
+
+from mmalign import export as exporting
+from mmalign.jobs import TrainConfig
+from mmalign.media import write_image
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def weight_dtype(config: TrainConfig) -> torch.dtype:
+    """Frozen weights take the run's precision; what is trained stays in float32."""
+    return PRECISIONS[config.precision] if config.lora else torch.float32
+
+
+def make_trainable(adapter: Any, config: TrainConfig) -> nn.ModuleDict:
+    """Adds a LoRA to the denoiser, or makes all of it trainable; the VAE stays in float32 either way."""
+    denoiser = adapter.denoiser
+    adapter.vae.float()
+    if config.lora:
+        targets = config.lora.targets or adapter.lora_targets
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            denoiser.requires_grad_(False)
+            denoiser.add_adapter(lora_config(config, targets))
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    else:
+        denoiser.requires_grad_(True)
+    if config.optim.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    return nn.ModuleDict({"denoiser": denoiser})
+
+
+def lora_config(config: TrainConfig, targets: tuple[str, ...]) -> LoraConfig:
+    """PEFT's own configuration; B starts at zero, so the first policy is the reference."""
+    lora = config.lora
+    assert lora is not None
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha or lora.rank, lora_dropout=lora.dropout, target_modules=list(targets),
+        init_lora_weights="gaussian",
+    )  # fmt: skip
+
+
+def has_adapter(adapter: Any) -> bool:
+    return bool(getattr(adapter.denoiser, "peft_config", None))
+
+
+@torch.no_grad()
+def validate(adapter: Any, config: TrainConfig, folder: Path, step: int) -> None:
+    """A grid of pictures: a row of prompts with the trained weights, and one with the LoRA off where there is one."""
+    wanted = config.validation
+    if not wanted.prompts:
+        return
+    states = [(module, module.training) for module in (adapter.denoiser, *adapter.frozen())]
+    for module, _ in states:
+        module.eval()
+    rows = [_row(adapter, config)]
+    if has_adapter(adapter):
+        adapter.denoiser.disable_adapters()
+        rows.append(_row(adapter, config))
+        adapter.denoiser.enable_adapters()
+    for module, training in states:
+        module.train(training)
+    write_image(folder / f"step-{step:06d}.png", np.concatenate(rows, axis=0))
+
+
+def _row(adapter: Any, config: TrainConfig) -> np.ndarray:
+    wanted = config.validation
+    device = "cuda" if adapter.device.type == "cuda" else "cpu"
+    with torch.autocast(device, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
+        pictures = adapter.pipeline()(
+            list(wanted.prompts), num_inference_steps=wanted.steps, guidance_scale=wanted.guidance_scale,
+            height=config.data.resolution, width=config.data.resolution, output_type="np",
+            generator=[torch.Generator().manual_seed(wanted.seed + i) for i in range(len(wanted.prompts))],
+        ).images  # fmt: skip
+    return np.concatenate(list((pictures * 255).round().astype(np.uint8)), axis=1)
+
+
+@torch.no_grad()
+def export(adapter: Any, config: TrainConfig, folder: Path, facts: dict[str, Any]) -> None:
+    """LoRA files for diffusers and ComfyUI, or the whole pipeline; and a model card."""
+    unet = adapter.denoiser
+    if has_adapter(adapter):
+        state = {name: value.detach().cpu() for name, value in get_peft_model_state_dict(unet).items()}
+        exporting.export_lora(state, unet.peft_config["default"], adapter.family, unet.config, folder)
+    else:
+        exporting.export_full(adapter.pipeline(), folder)
+    exporting.model_card(
+        folder, config=config.model_dump(mode="json"), data=str(facts.get("data", "")), scores={},
+        base_model=str(config.model.path), licence="other", family=adapter.family, lora=has_adapter(adapter),
+    )  # fmt: skip
