@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmalign.figures import number, p_value, share_interval, signed_interval
-from mmalign.results import Results, distinct_names, is_ok, read_results, score_label
+from mmalign.results import WHOLE_SET, Results, distinct_names, is_ok, read_results, score_label
 from mmalign.stats import Interval, WinRate, mean_ci, permutation_test, sign_test, win_rate
 
 PairBy = Literal["auto", "seed", "sample"]
@@ -25,6 +25,7 @@ IDENTITY = {
     "evaluator_version": "evaluator version",
     "params_hash": "parameters",
     "weight_hash": "weights",
+    "dtype": "precision",
     "decoder": "media decoder",
 }
 
@@ -35,7 +36,8 @@ class ScoreComparison:
 
     `difference` is b - a in the score's own units; `wins` counts items in which b is *better*, which is lower where
     `higher_is_better` is False. `failed` counts matched items left out because one side or both has no score.
-    Without any item (n = 0) all figures are NaN and the p-values 1.
+    Without any item (n = 0) all figures are NaN and the p-values 1. A score of the whole set, as FID is, has n = 1 and
+    `whole_set` True: two figures and their difference, but nothing from which to tell how sure it is.
     """
 
     evaluator: str
@@ -50,6 +52,7 @@ class ScoreComparison:
     wins: WinRate
     sign_p: float
     permutation_p: float
+    whole_set: bool = False
 
     @property
     def label(self) -> str:
@@ -110,6 +113,9 @@ class Comparison:
         for name, labels in ((self.name_a, self.only_a), (self.name_b, self.only_b)):
             if labels:
                 said.append(f"Scored in {name} alone: {', '.join(labels)}.")
+        whole = [s.label for s in self.scores if s.whole_set]
+        if whole:
+            said.append(f"One figure for the whole set, hence without interval and test: {', '.join(whole)}.")
         return said
 
     def table(self) -> Any:
@@ -178,14 +184,18 @@ def compare(
     notes = _check_same_stick(a, b, (name_a, name_b), common, allow_different)
     key = _pairing(a, b, pair_by)
     index_a, index_b = _index(a, key), _index(b, key)
-    items_a, items_b = set().union(*index_a.values()), set().union(*index_b.values())
+    items_a, items_b = _items(index_a), _items(index_b)
     items = items_a & items_b
-    if not items:
+    if not items and any(label not in a.whole_set_labels() for label in common):
         raise ValueError(_nothing_matches(a, b, key))
     scores = []
     for label in common:
         direction = _direction(label, (a, b), higher_is_better or {}, notes)
-        scores.append(_compare_score(index_a[label], index_b[label], items, direction, seed, level))
+        rows = index_a[label], index_b[label]
+        if label in a.whole_set_labels() and label in b.whole_set_labels():
+            scores.append(_compare_whole(rows[0][WHOLE_SET], rows[1][WHOLE_SET], direction))
+        else:
+            scores.append(_compare_score(*rows, items, direction, seed, level))
     return Comparison(
         name_a=name_a,
         name_b=name_b,
@@ -214,7 +224,7 @@ def pair_rows(a: Results, b: Results, label: str, pair_by: PairBy = "auto") -> l
 def _pairing(a: Results, b: Results, pair_by: PairBy) -> str:
     if pair_by not in ("auto", "seed", "sample"):
         raise ValueError(f"pair_by is {pair_by!r}; use 'auto', 'seed' or 'sample'")
-    without = [r.folder for r in (a, b) if any(row.get("seed") is None for row in r.rows)]
+    without = [r.folder for r in (a, b) if any(row.get("seed") is None for row in r.rows if row["sample"] != WHOLE_SET)]
     if pair_by == "seed" and without:
         raise ValueError(f"{without[0]} has rows without a seed; pair by sample instead, or write seeds when sampling")
     return "sample" if pair_by == "sample" or without else "seed"
@@ -225,14 +235,18 @@ def _index(results: Results, key: str) -> dict[str, dict[Hashable, dict[str, Any
     index: dict[str, dict[Hashable, dict[str, Any]]] = {}
     for row in results.rows:
         rows = index.setdefault(score_label(row["evaluator"], row["subscore"]), {})
-        item = (row.get("prompt"), row[key])
+        item = WHOLE_SET if row["sample"] == WHOLE_SET else (row.get("prompt"), row[key])
         if item in rows:
             raise ValueError(
                 f"{results.folder}: samples {rows[item]['sample']!r} and {row['sample']!r} share the prompt "
-                f"{_short(item[0])} and the {key} {row[key]!r}; pair by sample, or give each its own {key}"
+                f"{_short(row.get('prompt'))} and the {key} {row[key]!r}; pair by sample, or give each its own {key}"
             )
         rows[item] = row
     return index
+
+
+def _items(index: dict[str, dict[Hashable, dict[str, Any]]]) -> set[Hashable]:
+    return {item for rows in index.values() for item in rows} - {WHOLE_SET}
 
 
 def _nothing_matches(a: Results, b: Results, key: str) -> str:
@@ -256,8 +270,8 @@ def _check_same_stick(
         for column, called in IDENTITY.items():
             seen_a, seen_b = marks_a[label][column], marks_b[label][column]
             if seen_a != seen_b or len(seen_a) > 1:
-                evaluator = label.split("/")[0]
-                found[f"{evaluator}: {called} {_listed(seen_a)} in {names[0]}, {_listed(seen_b)} in {names[1]}"] = None
+                said = f"{called} {_listed(seen_a)} in {names[0]}, {_listed(seen_b)} in {names[1]}"
+                found[f"{a.evaluator(label)}: {said}"] = None
     if found and not allow_different:
         raise ValueError(
             "these results were not made in the same way, so their difference would not be the models': "
@@ -278,7 +292,7 @@ def _marks(results: Results) -> dict[str, dict[str, set[str]]]:
 
 
 def _direction(label: str, sides: tuple[Results, Results], given: Mapping[str, bool], notes: list[str]) -> bool:
-    evaluator = label.split("/")[0]
+    evaluator = sides[0].evaluator(label)
     if label in given or evaluator in given:
         return given.get(label, given.get(evaluator, True))
     said = {r.higher_is_better(label) for r in sides} - {None}
@@ -304,7 +318,7 @@ def _compare_score(
     matched = [item for item in rows_a if item in items and item in rows_b]
     good = [item for item in matched if is_ok(rows_a[item]) and is_ok(rows_b[item])]
     a, b = ([float(rows[item]["score"]) for item in good] for rows in (rows_a, rows_b))
-    clusters = [_cluster(rows_a[item]) for item in good]
+    clusters = [cluster(rows_a[item]) for item in good]
     undefined = not good
     sign = 1 if higher_is_better else -1
     difference = [y - x for x, y in zip(a, b, strict=True)]
@@ -331,8 +345,28 @@ def _compare_score(
     )
 
 
-def _cluster(row: dict[str, Any]) -> Hashable:
-    # Items without a prompt have nothing in common that could be known here.
+def _compare_whole(row_a: dict[str, Any], row_b: dict[str, Any], higher_is_better: bool) -> ScoreComparison:
+    good = is_ok(row_a) and is_ok(row_b)
+    a, b = (float(row["score"]) if is_ok(row) else math.nan for row in (row_a, row_b))
+    return ScoreComparison(
+        evaluator=row_a["evaluator"],
+        subscore=row_a["subscore"],
+        higher_is_better=higher_is_better,
+        n=int(good),
+        failed=int(not good),
+        prompts=0,
+        mean_a=a,
+        mean_b=b,
+        difference=Interval(b - a, math.nan, math.nan),
+        wins=WinRate(math.nan, 0.0, 1.0, 0, 0, 0, 0),
+        sign_p=1.0,
+        permutation_p=1.0,
+        whole_set=True,
+    )
+
+
+def cluster(row: dict[str, Any]) -> Hashable:
+    """What a row was drawn with: its prompt. An item without one stands for itself."""
     return row["prompt"] if row.get("prompt") is not None else ("sample", row["sample"])
 
 

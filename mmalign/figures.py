@@ -17,6 +17,14 @@ def number(x: float | None, digits: int = 4) -> str:
     return f"{x:.{min(places, 8)}f}" if 1e-5 <= abs(x) < 1e7 else f"{x:.{digits - 1}e}"
 
 
+def short(x: float) -> str:
+    """Four significant figures without needless zeros, large numbers with k, M, G or T: `0.25`, `42.1`, `1.24G`."""
+    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= factor and abs(x) >= 1e5:
+            return f"{x / factor:.4g}{suffix}"
+    return f"{x:.4g}"
+
+
 def signed_interval(interval: Interval) -> str:
     """`+0.013 [+0.010, +0.016]`, all three to the same decimal place."""
     known = [abs(x) for x in interval if math.isfinite(x) and x]

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+WHOLE_SET = "(whole set)"  # the sample of a score that belongs to all items together, as FID does
 # Without these a row is not a result; all others may be missing.
 REQUIRED = ("sample", "prompt", "media", "evaluator", "subscore", "score", "status")
 
@@ -29,18 +30,34 @@ class Results:
         names = {row.get("model") for row in self.rows}
         return names.pop() if len(names) == 1 else None
 
+    @cached_property
+    def _by_label(self) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault(score_label(row["evaluator"], row["subscore"]), []).append(row)
+        return found
+
     def labels(self) -> list[str]:
         """Labels of all scores (`hps`, `shapes_truth/colour`), in the order in which they first occur."""
-        return list(dict.fromkeys(score_label(row["evaluator"], row["subscore"]) for row in self.rows))
+        return list(self._by_label)
+
+    def evaluator(self, label: str) -> str:
+        """The evaluator that gave the score `label`."""
+        return str(self._by_label[label][0]["evaluator"])
+
+    def whole_set_labels(self) -> set[str]:
+        """Labels of the scores that have one figure for the whole set and none per item."""
+        return {label for label in self.labels() if all(row["sample"] == WHOLE_SET for row in self.rows_of(label))}
 
     def rows_of(self, label: str) -> list[dict[str, Any]]:
         """All rows of one score, failed ones too."""
-        return [row for row in self.rows if score_label(row["evaluator"], row["subscore"]) == label]
+        return self._by_label.get(label, [])
 
     def higher_is_better(self, label: str) -> bool | None:
         """Direction of the score as `summary.json` states it; None where it does not."""
-        evaluators = self.summary.get("evaluators") or {}
-        entry = evaluators.get(label.split("/")[0]) if isinstance(evaluators, dict) else None
+        evaluators: Any = self.summary.get("evaluators")
+        known = isinstance(evaluators, dict) and label in self._by_label
+        entry = evaluators.get(self.evaluator(label)) if known else None
         direction = entry.get("higher_is_better") if isinstance(entry, dict) else None
         return direction if isinstance(direction, bool) else None
 
@@ -82,7 +99,7 @@ def read_results(folder: str | Path) -> Results:
             rows[(row["sample"], row["evaluator"], row["subscore"])] = row
     if not rows:
         raise ValueError(f"{folder} holds no rows; the table that was scored was empty")
-    return Results(folder, list(rows.values()), _read_json(folder / "summary.json"), _read_json(folder / "run.json"))
+    return Results(folder, list(rows.values()), read_json(folder / "summary.json"), read_json(folder / "run.json"))
 
 
 def score_label(evaluator: str, subscore: str | None) -> str:
@@ -108,11 +125,19 @@ def distinct_names(results: Iterable[Results]) -> tuple[str, ...]:
     return tuple(f"{r.folder.name} ({i})" for i, r in enumerate(results, 1))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dicts as (dotted key, text) lines."""
+    if isinstance(value, dict):
+        return [line for key, inner in value.items() for line in flat(inner, f"{prefix}.{key}" if prefix else str(key))]
+    return [(prefix, str(value))]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file. ValueError if it is not JSON."""
     if not path.exists():
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); score again to write it anew") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); write it anew") from error
     return data if isinstance(data, dict) else {}
