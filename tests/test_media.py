@@ -1,0 +1,569 @@
+"""Decoding and encoding: exact where it can be, the same from both decoders, a message for every kind of bad file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import sys
+import threading
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmalign import media, video
+from mmalign.media import (
+    AllFrames,
+    EveryFps,
+    MediaError,
+    Uniform,
+    check_media,
+    content_hash,
+    decoder_fingerprint,
+    is_video,
+    read_image,
+    read_video,
+    write_image,
+    write_video,
+)
+
+REAL_CLIP = Path(__file__).parents[2] / "shared" / "data" / "video" / "flipping_a_pancake.mkv"
+needs_decord = pytest.mark.skipif(video.decord_version() is None, reason="decord is not installed here")
+
+
+def picture(height: int = 40, width: int = 60, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, depth: int, kind: int, rows: bytes) -> bytes:
+    """A PNG from raw rows, for depths that Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def moving(count: int = 12, height: int = 64, width: int = 96) -> torch.Tensor:
+    """A gradient that drifts under a moving disc: every frame differs, and chroma has edges. uint8 [T, 3, H, W]."""
+    y, x = np.mgrid[0:height, 0:width]
+    frames = np.empty((count, height, width, 3), np.uint8)
+    for t in range(count):
+        frames[t] = np.stack([x * 2 + 5 * t, y * 3 + 7 * t, x + y + 11 * t], -1) % 256
+        cy, cx = height / 2 + height / 4 * np.sin(t / 3), width / 2 + width / 4 * np.cos(t / 3)
+        frames[t][(y - cy) ** 2 + (x - cx) ** 2 < (height / 5) ** 2] = (255, 30, 10)
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def encode(path: Path, frames: torch.Tensor, codec: str = "libx264", pixels: str = "yuv420p", **more: object) -> Path:
+    """Any codec, unlike `write_video`: what other people's files look like. `options` and `container` go to FFmpeg."""
+    with av.open(str(path), "w", options=more.get("container", {})) as container:
+        stream = container.add_stream(codec, rate=more.get("fps", 12), options=more.get("options", {}))
+        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], pixels
+        if "matrix" in more:
+            stream.codec_context.colorspace, stream.codec_context.color_range = more["matrix"]
+        for frame in frames.permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def trimmed(source: Path, target: Path, ticks: int) -> Path:
+    """Shift every time stamp back by `ticks` of the stream's time base, so that the file begins in the middle."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        for packet in old.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - ticks, packet.dts - ticks, copy
+                new.mux(packet)
+    return target
+
+
+def turned(source: Path, target: Path, degrees: int) -> Path:
+    """The same MP4 with another rotation matrix in its track header."""
+    one = 0x10000
+    matrix = {90: (0, one, -one, 0), 180: (-one, 0, 0, -one), 270: (0, -one, one, 0)}[degrees]
+    data = bytearray(source.read_bytes())
+    place = data.index(b"tkhd") + 44
+    a, b, c, d = matrix
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000)
+    target.write_bytes(data)
+    return target
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_lossless_images_come_back_bit_for_bit(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "new" / f"a{suffix}"
+    write_image(path, picture())
+    assert np.array_equal(read_image(path), picture())
+    assert np.array_equal(read_image(path.read_bytes()), picture())
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_jpeg_keeps_full_chroma(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.jpg", picture())
+    back = read_image(tmp_path / "a.jpg").astype(int)
+    assert np.abs(back - picture()).mean() < 4  # with 4:2:0 subsampling it is about 25 on this noise
+    assert Image.open(tmp_path / "a.jpg").layer[0][1:3] == (1, 1)
+
+
+def test_transparency_is_composited_over_white() -> None:
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[..., 0] = 200
+    rgba[0, :, 3], rgba[1, :, 3], rgba[2:, :, 3] = 0, 255, 51  # hidden, opaque, one fifth
+    for format in ("PNG", "WEBP"):
+        options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+        back = read_image(encoded(Image.fromarray(rgba), format, **options))
+        assert back[0, 0].tolist() == [255, 255, 255]
+        assert back[1, 0].tolist() == [200, 0, 0]
+        assert back[2, 0].tolist() == [244, 204, 204]
+
+
+def test_grey_with_alpha_and_palette_with_a_transparent_entry() -> None:
+    grey = np.array([[[10, 0], [10, 255]], [[10, 0], [10, 255]]], np.uint8)
+    assert read_image(encoded(Image.fromarray(grey, "LA"), "PNG"))[0].tolist() == [[255] * 3, [10] * 3]
+    indexed = Image.new("P", (2, 2))
+    indexed.putpalette([1, 2, 3, 40, 50, 60])
+    indexed.putpixel((1, 0), 1)
+    assert read_image(encoded(indexed, "PNG", transparency=0))[0].tolist() == [[255] * 3, [40, 50, 60]]
+    assert read_image(encoded(indexed, "PNG"))[0].tolist() == [[1, 2, 3], [40, 50, 60]]
+
+
+def test_cmyk() -> None:
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow ink: red
+    for data in (encoded(cmyk, "TIFF"), encoded(cmyk, "JPEG", quality=100)):
+        back = read_image(data)
+        assert back.shape == (16, 16, 3)
+        assert np.abs(back.astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_sixteen_bits_keep_the_high_byte_in_grey_and_in_colour() -> None:
+    grey = np.array([[0, 255, 256, 32768], [65535, 4660, 65280, 257]], np.uint16)
+    expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2)
+    assert np.array_equal(read_image(encoded(Image.fromarray(grey), "PNG")), expected)
+    assert np.array_equal(read_image(encoded(Image.fromarray(grey), "TIFF")), expected)
+    assert np.array_equal(read_image(b"P5 4 2 65535\n" + grey.astype(">u2").tobytes()), expected)
+    colour = np.random.default_rng(0).integers(0, 65536, (2, 3, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    assert np.array_equal(read_image(png(3, 2, 16, 2, rows)), (colour >> 8).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_thirty_two_bits_have_no_agreed_range(mode: str) -> None:
+    with pytest.raises(MediaError, match=r"32-bit samples .* save it as 8 or 16 bit"):
+        read_image(encoded(Image.new(mode, (8, 8)), "TIFF"))
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_animated_files_give_their_first_frame(format: str) -> None:
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    frames = [Image.new("RGB", (8, 8), colour) for colour in colours]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], duration=100, **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert read_image(data)[4, 4].tolist() == [255, 0, 0]
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    assert np.array_equal(read_image(encoded(image, "PNG", exif=exif)), np.rot90(picture(), k=-1))
+    grey = Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 4096)
+    assert read_image(encoded(grey, "PNG", exif=exif)).shape == (4, 3, 3)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
+def test_truncated_images_are_refused_by_name(tmp_path: Path, format: str) -> None:
+    whole = encoded(Image.fromarray(picture(64, 64)), format)
+    for share in (0.95, 0.5, 0.1):
+        path = tmp_path / f"half.{format.lower()}"
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(MediaError, match=r"half\.\w+: is (truncated|no image)") as caught:
+            read_image(path)
+        assert caught.value.source == str(path)
+
+
+BAD_FILES: dict[str, tuple[bytes, str]] = {
+    "empty.png": (b"", r"is empty \(0 bytes\); write or download it again, or drop the row"),
+    "page.png": (b"<html>404 not found</html>", r"holds text, not an image \(it begins '<html>404 not found</html>'\)"),
+    "long.png": ("é".encode() * 4000, "holds text, not an image"),
+    "noise.png": (bytes(range(256)) * 4, "is no image in a known format .* convert it to PNG or JPEG"),
+    "one.png": (
+        encoded(Image.new("RGB", (1, 1)), "PNG"),
+        "is 1x1 pixels, below min_side=2; replace it or drop the row",
+    ),
+    "thin.png": (encoded(Image.new("RGB", (1, 500)), "PNG"), "is 1x500 pixels, below min_side=2"),
+    "drawing.eps": (encoded(Image.new("RGB", (9, 9)), "EPS"), "holds text|is no image in a known format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_images_say_what_and_how_to_mend_it(tmp_path: Path, name: str) -> None:
+    data, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(MediaError, match=message) as caught:
+        read_image(tmp_path / name)
+    assert name in str(caught.value) and isinstance(caught.value, ValueError)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="no such file; check the path"):
+        read_image(tmp_path / "gone.png")
+    with pytest.raises(MediaError, match="is a folder"):
+        read_image(tmp_path)
+    with pytest.raises(MediaError, match="is a clip, not an image; set modality: video"):
+        (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
+        read_image(tmp_path / "a.mp4")
+
+
+def test_a_huge_image_is_refused_before_decoding_and_without_warnings(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    Image.new("1", (12000, 12000)).save(path)
+    assert path.stat().st_size < 50_000
+    guard = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            MediaError, match=r"12000x12000 = 144,000,000 pixels, more than max_pixels=100,000,000.*raise"
+        ):
+            read_image(path)
+        bomb = png(60000, 60000, 1, 0, b"")  # beyond even Pillow's hard limit, where it would raise by itself
+        with pytest.raises(MediaError, match=r"3,600,000,000 pixels, more than max_pixels"):
+            read_image(bomb)
+        assert read_image(encoded(Image.new("L", (300, 200)), "PNG"), max_pixels=60_000).shape == (200, 300, 3)
+        with pytest.raises(MediaError, match="max_pixels=59,999"):
+            read_image(encoded(Image.new("L", (300, 200)), "PNG"), max_pixels=59_999)
+    assert guard == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_raised_limit_decodes_what_pillow_alone_would_warn_about(tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    Image.new("1", (30000, 3100)).save(path)  # 93 MP, above the 89.5 MP at which Pillow warns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(path).shape == (3100, 30000, 3)
+
+
+def test_pillows_guard_survives_many_threads() -> None:
+    guard, data = Image.MAX_IMAGE_PIXELS, encoded(Image.new("RGB", (8, 8)), "PNG")
+    threads = [threading.Thread(target=lambda: [read_image(data) for _ in range(50)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert guard == Image.MAX_IMAGE_PIXELS
+
+
+def test_write_image_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+    for wrong in (picture().astype(np.float32) / 255, picture()[..., 0], np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(ValueError, match=r"takes uint8 \[H, W, 3\]"):
+            write_image(tmp_path / "a.png", wrong)
+    with pytest.raises(ValueError, match=r"cannot write '\.tiff'; use"):
+        write_image(tmp_path / "a.tiff", picture())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_content_hash_and_sources(tmp_path: Path) -> None:
+    class Held:
+        name = "held thing"
+
+        def read(self) -> bytes:
+            return data
+
+    data = encoded(Image.fromarray(picture()), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    expected = hashlib.sha256(data).hexdigest()
+    assert content_hash(tmp_path / "a.png") == content_hash(str(tmp_path / "a.png")) == content_hash(data) == expected
+    assert content_hash(Held()) == expected and np.array_equal(read_image(Held()), picture())
+    data = b"not an image, and of some length"
+    with pytest.raises(MediaError, match=r"^held thing: holds text"):
+        read_image(Held())
+
+
+def test_the_fingerprint_names_every_decoder() -> None:
+    text = decoder_fingerprint()
+    assert "pillow " in text and "libjpeg_turbo" in text and f"pyav {av.__version__} / libavcodec" in text
+    assert "decord" in text and text == decoder_fingerprint()
+
+
+# ------------------------------------------------------------------------------------------------ frame plans
+
+
+def test_frame_plans() -> None:
+    assert AllFrames().indices(3, 24.0) == [0, 1, 2]
+    assert Uniform(1).indices(9, 24.0) == [4]
+    assert Uniform(3).indices(9, 24.0) == [0, 4, 8]
+    assert Uniform(4).indices(10, 24.0) == [0, 3, 6, 9]
+    assert Uniform(5).indices(2, 24.0) == [0, 0, 1, 1, 1]  # fewer frames than asked for: repeated, never short
+    assert Uniform(2).indices(1, 24.0) == [0, 0]
+    assert EveryFps(2.0).indices(10, 8.0) == [0, 4, 8]
+    assert EveryFps(8.0).indices(4, 8.0) == EveryFps(30.0).indices(4, 8.0) == [0, 1, 2, 3]
+    assert EveryFps(2.0).indices(75, 30000 / 1001) == [0, 15, 30, 45, 60]
+    assert EveryFps(0.1).indices(10, 24.0) == [0]
+    assert {Uniform(3): 1}[Uniform(3)] == 1  # usable as a key
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100])
+def test_uniform_is_spaced_within_one_frame_and_never_out_of_range(n: int) -> None:
+    for frames in (1, 2, 5, 16, 81, 1000):
+        picks = Uniform(n).indices(frames, 24.0)
+        assert len(picks) == n and picks == sorted(picks) and picks[0] >= 0 and picks[-1] < frames
+        if n > 1:
+            ideal = np.linspace(0, frames - 1, n)
+            assert np.abs(np.array(picks) - ideal).max() <= 0.5
+
+
+def test_plans_refuse_nonsense() -> None:
+    with pytest.raises(ValueError, match="at least 1 frame"):
+        Uniform(0)
+    with pytest.raises(ValueError, match="positive rate"):
+        EveryFps(0)
+
+
+# ------------------------------------------------------------------------------------------------ clips
+
+
+@pytest.mark.parametrize("size", [(64, 96), (17, 31), (48, 16)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_lossless_clips_come_back_bit_for_bit(tmp_path: Path, size: tuple[int, int], suffix: str) -> None:
+    frames = torch.randint(0, 256, (5, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    write_video(tmp_path / f"a{suffix}", frames, 12, lossless=True)
+    clip = read_video(tmp_path / f"a{suffix}")
+    assert torch.equal(clip.frames, frames) and clip.frames.is_contiguous()
+    assert (clip.fps, clip.num_frames, clip.indices) == (12.0, 5, (0, 1, 2, 3, 4))
+    assert clip.decoder == f"pyav {av.__version__} / libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
+
+
+@pytest.mark.parametrize("size", [(64, 96), (63, 95)])
+def test_lossy_clips_keep_size_and_colour(tmp_path: Path, size: tuple[int, int]) -> None:
+    flat = torch.tensor([[200, 30, 60], [20, 180, 220], [128, 128, 128]], dtype=torch.uint8)
+    frames = flat[:, :, None, None].expand(3, 3, *size).contiguous()
+    write_video(tmp_path / "a.mp4", frames, 29.97)
+    clip = read_video(tmp_path / "a.mp4")
+    assert clip.frames.shape == frames.shape and clip.fps == pytest.approx(29.97)
+    assert (clip.frames.int() - frames.int()).abs().max() <= 3  # a wrong colour matrix or range is off by 10 and more
+    first = (tmp_path / "a.mp4").read_bytes()
+    write_video(tmp_path / "a.mp4", frames, 29.97)
+    assert (tmp_path / "a.mp4").read_bytes() == first
+
+
+@pytest.mark.parametrize("plan", [AllFrames(), Uniform(5), Uniform(1), Uniform(40), EveryFps(3.0)])
+def test_a_plan_picks_the_same_frames_as_indexing_all_of_them(tmp_path: Path, plan: media.FramePlan) -> None:
+    path = encode(tmp_path / "a.mp4", moving(30), options={"bf": "3", "g": "10"})
+    everything = read_video(path)
+    clip = read_video(path, plan)
+    assert clip.indices == tuple(plan.indices(30, 12.0)) and clip.num_frames == 30
+    assert torch.equal(clip.frames, everything.frames[list(clip.indices)])
+    assert torch.equal(read_video(path.read_bytes(), plan).frames, clip.frames)
+
+
+CLIPS: dict[str, Callable[[Path], Path]] = {
+    "h264.mp4": lambda path: encode(path, moving()),
+    "odd_size.mp4": lambda path: encode(path, moving(8, 50, 70)),
+    "open_gop.mp4": lambda path: encode(
+        path, moving(40), options={"bf": "3", "g": "10", "x264-params": "open-gop=1:b-pyramid=normal"}
+    ),
+    "open_gop.mkv": lambda path: encode(path, moving(40), options={"bf": "3", "g": "10", "x264-params": "open-gop=1"}),
+    "mpeg4.avi": lambda path: encode(path, moving(20), codec="mpeg4", options={"bf": "2"}),
+    "bt709.mp4": lambda path: encode(path, moving(), matrix=(1, 1)),
+    "full_range.mp4": lambda path: encode(path, moving(), matrix=(1, 2)),
+    "yuv444.mp4": lambda path: encode(path, moving(), pixels="yuv444p"),
+    "yuv422.mp4": lambda path: encode(path, moving(), pixels="yuv422p"),
+    "hevc.mp4": lambda path: encode(path, moving(), codec="libx265", options={"x265-params": "log-level=none"}),
+    "vp9.webm": lambda path: encode(path, moving(), codec="libvpx-vp9"),
+    "mjpeg.avi": lambda path: encode(path, moving(), codec="mjpeg", pixels="yuvj420p"),
+    "fragmented.mp4": lambda path: encode(path, moving(20), container={"movflags": "frag_keyframe+empty_moov"}),
+    "film_rate.mkv": lambda path: encode(path, moving(), fps=24),
+    "turned90.mp4": lambda path: turned(encode(path.with_name("t.mp4"), moving()), path, 90),
+    "turned180.mp4": lambda path: turned(encode(path.with_name("t.mp4"), moving()), path, 180),
+    "turned270.mp4": lambda path: turned(encode(path.with_name("t.mp4"), moving()), path, 270),
+}
+
+
+@needs_decord
+@pytest.mark.parametrize("name", CLIPS)
+def test_decord_and_pyav_give_identical_frames(tmp_path: Path, name: str) -> None:
+    path = CLIPS[name](tmp_path / name)
+    by_pyav, by_decord = read_video(path, decoder="pyav"), read_video(path, decoder="decord")
+    assert by_pyav.num_frames == by_decord.num_frames and by_pyav.fps == by_decord.fps
+    assert torch.equal(by_pyav.frames, by_decord.frames)
+    assert by_decord.decoder == video.decord_version() and by_pyav.decoder == video.pyav_version()
+    sparse = Uniform(4)  # sparse picks too: decord's own random access is wrong after open GOPs
+    assert torch.equal(read_video(path, sparse).frames, read_video(path, sparse, decoder="decord").frames)
+
+
+def test_frames_are_those_that_were_encoded_in_order_and_upright(tmp_path: Path) -> None:
+    """Both decoders could agree and be wrong: the nearest original of each decoded frame is the one at its place."""
+    originals = moving(40)
+    path = encode(tmp_path / "a.mp4", originals, options={"bf": "3", "g": "10", "x264-params": "open-gop=1"})
+    for turns, clip in enumerate([read_video(path), read_video(turned(path, tmp_path / "b.mp4", 90))]):
+        frames = torch.rot90(
+            clip.frames, turns, (2, 3)
+        ).int()  # tagged 90: shown clockwise, so turned back the other way
+        distance = (frames[:, None] - originals[None].int()).abs().float().mean((2, 3, 4))
+        assert distance.argmin(1).tolist() == list(range(40))
+
+
+DIFFERENT: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "ten_bit.mp4": (lambda path: encode(path, moving(), pixels="yuv420p10le"), "converts yuv420p10le differently"),
+    "stream.ts": (lambda path: encode(path, moving(40), options={"bf": "2", "g": "10"}), "loses frames of mpegts"),
+    "edit_list.mp4": (
+        lambda path: trimmed(encode(path.with_name("x.mp4"), moving(40), options={"g": "40"}), path, 512 * 10 * 2),
+        "frames that this file cuts away",
+    ),
+    "small.mp4": (lambda path: encode(path, moving(4, 32, 16)), "decord cannot decode it"),
+    "movie.gif": (lambda path: encode(path, moving(), codec="gif", pixels="rgb8"), "differently from PyAV"),
+}
+
+
+@needs_decord
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_decord_is_refused_where_its_frames_would_differ(tmp_path: Path, name: str) -> None:
+    make, message = DIFFERENT[name]
+    path = make(tmp_path / name)
+    assert read_video(path).num_frames > 0
+    with pytest.raises(MediaError, match=f"{message}.*use decoder='auto'"):
+        read_video(path, decoder="decord")
+
+
+def test_an_edit_list_hides_frames(tmp_path: Path) -> None:
+    whole = encode(tmp_path / "a.mp4", moving(40), options={"g": "40"})
+    cut = trimmed(whole, tmp_path / "b.mp4", 1024 * 10)
+    clip = read_video(cut)
+    assert clip.num_frames == 30
+    assert torch.equal(clip.frames, read_video(whole).frames[10:])
+    assert read_video(cut, Uniform(2)).indices == (0, 29)
+
+
+def test_without_decord_auto_says_pyav_and_asking_for_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode(tmp_path / "a.mp4", moving(4))
+    monkeypatch.setitem(sys.modules, "decord", None)  # what Python does for a package that cannot be imported
+    assert read_video(path).decoder.startswith("pyav ")
+    with pytest.raises(MediaError, match=r"decord cannot be imported .* or use decoder='auto'"):
+        read_video(path, decoder="decord")
+    with pytest.raises(ValueError, match="not 'cv2'"):
+        read_video(path, decoder="cv2")  # type: ignore[arg-type]
+
+
+@needs_decord
+@pytest.mark.skipif(not REAL_CLIP.is_file(), reason="the shared data folder is not beside this checkout")
+def test_decord_and_pyav_agree_on_a_real_clip() -> None:
+    by_pyav, by_decord = read_video(REAL_CLIP, decoder="pyav"), read_video(REAL_CLIP, decoder="decord")
+    assert by_pyav.frames.shape == (310, 3, 240, 426) and by_pyav.fps == by_decord.fps == 30.0
+    assert torch.equal(by_pyav.frames, by_decord.frames)
+    assert torch.equal(read_video(REAL_CLIP, EveryFps(2)).frames, by_decord.frames[::15])
+
+
+def damaged(path: Path) -> Path:
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat")
+    middle = start + (len(data) - start) // 2
+    for place in range(middle, middle + 60):
+        data[place] ^= 0x5A
+    path.write_bytes(data)
+    return path
+
+
+def cut_off(path: Path, share: float) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+FAST_START = {"movflags": "faststart"}
+BAD_CLIPS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "index_first.mp4": (
+        lambda path: cut_off(encode(path, moving(40), container=FAST_START), 0.6),
+        r"is truncated, \d+ of 40 frames are there; it was cut off: write or download it again",
+    ),
+    "index_last.mp4": (lambda path: cut_off(encode(path, moving(40)), 0.6), "no readable clip, or is truncated"),
+    "half.mkv": (
+        lambda path: cut_off(encode(path, moving(40)), 0.6),
+        r"is truncated, [\d.]+ of 3\.\d+ seconds are there",
+    ),
+    "half.webm": (lambda path: cut_off(encode(path, moving(40), codec="libvpx-vp9"), 0.5), "is truncated"),
+    "damaged.mp4": (
+        lambda path: damaged(encode(path, moving(40), container=FAST_START, options={"g": "10"})),
+        r"frame \d+ is damaged|damaged at frame \d+",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CLIPS)
+@pytest.mark.parametrize("plan", [AllFrames(), Uniform(1)])
+def test_bad_clips_are_refused_whatever_the_plan(tmp_path: Path, name: str, plan: media.FramePlan) -> None:
+    make, message = BAD_CLIPS[name]
+    path = make(tmp_path / name)
+    with pytest.raises(MediaError, match=message) as caught:
+        read_video(path, plan)
+    assert name in str(caught.value)
+    with pytest.raises(MediaError, match=message):
+        check_media(path)
+
+
+def test_what_is_no_clip_at_all(tmp_path: Path) -> None:
+    cases = {"empty.mp4": (b"", "is empty"), "text.mp4": (b"not a clip" * 50, "no readable clip")}
+    for name, (data, message) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(MediaError, match=message):
+            read_video(tmp_path / name)
+    with pytest.raises(MediaError, match="no such file"):
+        read_video(tmp_path / "gone.mp4")
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+    with pytest.raises(MediaError, match="holds no video stream"):
+        read_video(tmp_path / "sound.mkv")
+
+
+def test_a_clip_too_large_for_memory_is_refused_before_decoding(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", moving(30))
+    with pytest.raises(
+        MediaError, match=r"30 frames of 96x64 need .* pick fewer with a frame plan, or raise max_bytes"
+    ):
+        read_video(path, max_bytes=29 * 96 * 64 * 3)
+    assert len(read_video(path, Uniform(4), max_bytes=4 * 96 * 64 * 3).frames) == 4
+
+
+def test_write_video_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+    frames = moving(2)
+    for wrong in (frames.float(), frames[0], frames[:0], frames.permute(0, 2, 3, 1)):
+        with pytest.raises(ValueError, match=r"takes uint8 \[T, 3, H, W\]"):
+            write_video(tmp_path / "a.mp4", wrong, 12)
+    with pytest.raises(ValueError, match=r"cannot write '\.gif'; use"):
+        write_video(tmp_path / "a.gif", frames, 12)
+    with pytest.raises(ValueError, match="fps must be positive"):
+        write_video(tmp_path / "a.mp4", frames, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clips_and_images_are_told_apart_by_suffix_or_content(tmp_path: Path) -> None:
+    clip = encode(tmp_path / "a.mp4", moving(4))
+    assert is_video(clip) and is_video(clip.read_bytes())
+    assert is_video(encode(tmp_path / "a.mkv", moving(4)).read_bytes())
+    assert is_video(encode(tmp_path / "a.avi", moving(4), codec="mpeg4").read_bytes())
+    for format in ("PNG", "JPEG", "WEBP", "AVIF"):
+        assert not is_video(encoded(Image.fromarray(picture()), format))
+    check_media(clip)
+    check_media(encoded(Image.fromarray(picture()), "PNG"))
