@@ -1,0 +1,98 @@
+"""HPS v2.0 and v2.1, human preference for an image given its prompt (Wu et al., 2306.09341)."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmalign.evaluation import (
+    BackboneSpec,
+    Batch,
+    ClipBackbone,
+    Evaluator,
+    Strict,
+    Uniform,
+    clip_means,
+    clip_weight_files,
+    find_checkpoint,
+    load_clip_backbone,
+    resize_pad,
+)
+
+
+class HPS(Evaluator):
+    """Human preference score v2.0 / v2.1: cosine of image and prompt in a CLIP tuned on human choices.
+
+    ``s = <f_image, f_text>`` with both of unit length, about 0.14 to 0.34 on real images. Scores of different prompts,
+    and of the two versions, cannot be compared with each other. A video's score is the mean over its frames.
+    """
+
+    needs = frozenset({"frames", "prompt"})
+    modality = frozenset({"image", "video"})
+    frames = Uniform(8)
+    higher_is_better, score_range = True, (-1.0, 1.0)
+    differentiable = True
+    version = 1
+    licence = "Apache-2.0"
+    source = "Human Preference Score v2, 2306.09341; weights xswu/HPSv2"
+
+    class Params(Strict):
+        """Which weights, and how images are resized.
+
+        Attributes:
+            checkpoint: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt (also as .safetensors), or a folder that holds
+                it.
+            version: v2.0 or v2.1; chooses the file in a folder. The authors' two functions have different defaults.
+            model: an open_clip model name, a folder or a config file; ``auto`` is the checkpoint's own folder where
+                that has an open_clip_config.json, and ViT-H-14, which the published files are, otherwise.
+            antialias: filter when shrinking. False is what the authors' environment did (torchvision up to 0.16); from
+                0.17 the same code filters and gives other scores, so reports with different settings cannot be
+                compared.
+        """
+
+        checkpoint: Path
+        version: Literal["v2.0", "v2.1"] = "v2.1"
+        model: str = "auto"
+        antialias: bool = False
+
+    def __init__(self, params: Params, backbones: Mapping[str, Any], device: torch.device):
+        super().__init__(params, backbones, device)
+        self.clip: ClipBackbone = backbones["clip"]
+        self.resize = partial(resize_pad, antialias=params.antialias)
+
+    @classmethod
+    def backbone_specs(cls, params: Params) -> dict[str, BackboneSpec]:
+        checkpoint = find_checkpoint(params.checkpoint, f"hps-{params.version}")
+        return {"clip": BackboneSpec.of(load_clip_backbone, config=_model(params, checkpoint), checkpoint=checkpoint)}
+
+    @classmethod
+    def weight_files(cls, params: Params) -> list[Path]:
+        checkpoint = find_checkpoint(params.checkpoint, f"hps-{params.version}")
+        return clip_weight_files(_model(params, checkpoint), checkpoint)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        clips = batch.clips()
+        key = (id(self.clip), "pad", self.params.antialias)
+        frames = batch.shared(key, lambda: self.clip.frames(clips, self.resize))
+        texts = batch.shared((id(self.clip), "texts"), lambda: self.clip.texts(batch.prompts))
+        counts = torch.tensor([len(clip) for clip in clips], device=texts.device)
+        return clip_means((frames * texts.repeat_interleave(counts, dim=0)).sum(dim=-1), clips)
+
+    def score_tensor(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return (self.clip.images(images, self.resize) * self.clip.texts(prompts)).sum(dim=-1)
+
+    def truncated(self, prompts: Sequence[str]) -> list[bool]:
+        return self.clip.tokenizer.truncated(prompts)
+
+
+def _model(params: HPS.Params, checkpoint: Path) -> str:
+    if params.model != "auto":
+        return params.model
+    return str(checkpoint.parent) if (checkpoint.parent / "open_clip_config.json").is_file() else "ViT-H-14"
+
+
+EVALUATOR = HPS

@@ -1,0 +1,342 @@
+"""CLIP models: built from a config, loaded from a checkpoint, saved as a folder.
+
+`build_clip` makes a model to train, `load_clip` one with weights, and `save_clip` writes the folder that both read.
+`mmalign.clip_scoring` holds the form that scorers run.
+
+Folder layout (``open_clip_config.json`` is open_clip's own file)::
+
+    open_clip_config.json     {"model_cfg": {embed_dim, vision_cfg, text_cfg}, "preprocess_cfg": {mean, std}}
+    tokenizer/                only if text_cfg.hf_tokenizer_name names it: a Hugging Face tokeniser folder
+    HPS_v2.1_compressed.safetensors    weights, open_clip keys without a prefix, under any name that the scorer looks
+    for
+
+Without ``hf_tokenizer_name`` the text goes through CLIP's own byte-pair vocabulary of 49408 tokens, as published models
+do.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign import paths
+from mmalign.weights import load_into, read_state_dict
+
+__all__ = [
+    "ClipTokenizer",
+    "Preprocess",
+    "build_clip",
+    "clip_weight_files",
+    "hf_to_open_clip",
+    "load_clip",
+    "read_clip_config",
+    "save_clip",
+]
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+CONFIG_FILE = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What turns an image in [0, 1] into a tower's input: side of the square in pixels, mean and std per channel."""
+
+    size: int
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images [B, 3, size, size] in [0, 1] -> the same shape, ``(x - mean) / std``."""
+        mean = images.new_tensor(self.mean).view(1, 3, 1, 1)
+        std = images.new_tensor(self.std).view(1, 3, 1, 1)
+        return (images - mean) / std
+
+
+class ClipTokenizer:
+    """Prompts to token ids [B, context_length] (int64), always with the end token inside.
+
+    Longer prompts are cut to ``context_length`` with the end token put last, as CLIP was trained; `truncated` says
+    which.
+    """
+
+    def __init__(self, text_cfg: Mapping[str, Any], folder: Path | None = None):
+        from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+        self.context_length = int(text_cfg.get("context_length", 77))
+        self.vocab_size = int(text_cfg.get("vocab_size", 49408))
+        name = text_cfg.get("hf_tokenizer_name")
+        if name is None:
+            self._tokenizer: Any = SimpleTokenizer(context_length=self.context_length)
+            self.end, size = self._tokenizer.eot_token_id, self._tokenizer.vocab_size
+        else:
+            path = (folder or Path()) / name
+            if not path.is_dir():
+                raise ValueError(
+                    f"text_cfg.hf_tokenizer_name is '{name}', but the tokeniser folder {path} does not exist; "
+                    "tokenisers are read from the model's own folder, never downloaded."
+                )
+            self._tokenizer = HFTokenizer(
+                str(path),
+                context_length=self.context_length,
+                local_files_only=True,
+                **(text_cfg.get("tokenizer_kwargs") or {}),
+            )
+            self.end, size = self._tokenizer.tokenizer.eos_token_id, len(self._tokenizer.tokenizer)
+        self._check(text_cfg, size)
+
+    def _check(self, text_cfg: Mapping[str, Any], size: int) -> None:
+        if size > self.vocab_size:
+            raise ValueError(
+                f"The tokeniser has {size} tokens, but text_cfg.vocab_size is {self.vocab_size}; "
+                f"set it to at least {size}."
+            )
+        pool = text_cfg.get("pool_type", "argmax")
+        if pool == "eos" and text_cfg.get("eos_id", 2) != self.end:
+            raise ValueError(
+                f"text_cfg pools at eos_id {text_cfg.get('eos_id', 2)}, but the tokeniser ends a text with id "
+                f"{self.end}; set text_cfg.eos_id to {self.end}."
+            )
+        if pool == "argmax" and self.end != size - 1:
+            raise ValueError(
+                f"text_cfg pools at the largest token id, but the tokeniser's end token is {self.end} of {size}; "
+                f"set text_cfg.pool_type to 'eos' and text_cfg.eos_id to {self.end}."
+            )
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        return self._tokenizer(list(prompts))
+
+    def truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """For each prompt, whether tokens were cut off."""
+        if hasattr(self._tokenizer, "tokenizer"):
+            cleaned = [self._tokenizer.clean_fn(prompt) for prompt in prompts]
+            return [len(self._tokenizer.tokenizer(text).input_ids) > self.context_length for text in cleaned]
+        return [len(self._tokenizer.encode(prompt)) + 2 > self.context_length for prompt in prompts]
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face tokeniser into the folder; CLIP's own vocabulary needs no file."""
+        if hasattr(self._tokenizer, "tokenizer"):
+            self._tokenizer.tokenizer.save_pretrained(folder)
+
+
+def read_clip_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+    """(model_cfg, preprocess_cfg, folder) of a built-in open_clip name, a folder, a JSON file, or a dictionary.
+
+    Raises:
+        ValueError: an unknown name, a broken file, or a config that is not a plain CLIP with a vision transformer.
+    """
+    import open_clip
+
+    folder = None
+    if isinstance(config, Mapping):
+        full = copy.deepcopy(dict(config))
+    elif (path := paths.find(Path(config).expanduser())).exists():
+        path = path / CONFIG_FILE if path.is_dir() else path
+        folder = path.parent
+        full = _read_json(path)
+    elif (built_in := open_clip.get_model_config(str(config))) is not None:
+        full = built_in
+    else:
+        from mmalign.config import nearest
+
+        raise ValueError(
+            f"'{config}' is neither a file or folder nor an open_clip model."
+            f"{nearest(str(config), open_clip.list_models())} Give a name such as 'ViT-H-14' or a "
+            f"folder with {CONFIG_FILE}."
+        )
+    model_cfg = full.get("model_cfg", full)
+    preprocess_cfg = full.get("preprocess_cfg", {}) if "model_cfg" in full else {}
+    absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
+    if absent:
+        raise ValueError(f"{config}: not an open_clip model config; it has no {', '.join(absent)}.")
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    foreign = [key for key in ("timm_model_name", "attentional_pool") if vision.get(key)]
+    foreign += [key for key in ("hf_model_name", "embed_cls") if text.get(key)]
+    foreign += [key for key in ("custom_text", "multimodal_cfg") if model_cfg.get(key)]
+    foreign += ["vision_cfg.layers as a list (a ResNet)"] if isinstance(vision.get("layers"), (list, tuple)) else []
+    if foreign:
+        raise ValueError(
+            f"{config}: only CLIP with its own two transformers is read; this config has {', '.join(foreign)}."
+        )
+    return model_cfg, preprocess_cfg, folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; a CLIP folder holds {CONFIG_FILE} beside its weights.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: is not JSON ({error}); it has to be an open_clip model config.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {type(value).__name__}, not an open_clip model config.")
+    return value
+
+
+def _parts(config: str | Path | Mapping[str, Any], device: str) -> tuple[Any, ClipTokenizer, Preprocess]:
+    from open_clip.model import CLIP
+
+    model_cfg, preprocess_cfg, folder = read_clip_config(config)
+    model_cfg = {key: value for key, value in model_cfg.items() if key not in ("custom_text", "multimodal_cfg")}
+    try:
+        with torch.device(device):
+            model = CLIP(**model_cfg)
+    except TypeError as error:
+        raise ValueError(f"{config}: open_clip does not know this model config: {error}.") from None
+    size = model_cfg["vision_cfg"].get("image_size", 224)
+    mean = preprocess_cfg.get("mean", OPENAI_MEAN)
+    std = preprocess_cfg.get("std", OPENAI_STD)
+    return model, ClipTokenizer(model_cfg["text_cfg"], folder), Preprocess(int(size), tuple(mean), tuple(std))
+
+
+def build_clip(config: str | Path | Mapping[str, Any]) -> tuple[nn.Module, ClipTokenizer, Preprocess]:
+    """A randomly initialised float32 open_clip ``CLIP`` on the CPU, its tokeniser and its preprocessing, for training.
+
+    Args:
+        config: an open_clip name (``ViT-H-14``), a folder with ``open_clip_config.json``, a JSON file, or the
+            dictionary.
+
+    Raises:
+        ValueError: see `read_clip_config`; or the tokeniser does not fit the text tower.
+    """
+    return _parts(config, "cpu")
+
+
+def load_clip(
+    config: str | Path | Mapping[str, Any], checkpoint: str | Path
+) -> tuple[nn.Module, ClipTokenizer, Preprocess]:
+    """As `build_clip`, with the checkpoint's weights, in float32 whatever the file's dtype.
+
+    The file holds open_clip keys without a prefix (HPSv2's layout, directly or under ``state_dict``) or the keys of
+    transformers' ``CLIPModel``, which are converted.
+
+    Raises:
+        ValueError: the file cannot be read safely, or tensors are missing, unexpected or mis-shaped (all named).
+    """
+    # Built without memory: initialising a billion random weights that are overwritten at once takes longer than reading
+    # them.
+    model, tokenizer, preprocess = _parts(config, "meta")
+    state = read_state_dict(checkpoint)
+    if any(name.startswith("vision_model.") for name in state):
+        state = hf_to_open_clip(state, str(checkpoint))
+    if "logit_scale" in state:
+        state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
+    load_into(model, state, str(checkpoint), assign=True)
+    if model.attn_mask is not None:
+        length = tokenizer.context_length
+        model.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers())), (
+        "a tensor was left without memory"
+    )
+    return model.float(), tokenizer, preprocess
+
+
+def save_clip(
+    folder: str | Path,
+    model: nn.Module,
+    model_cfg: Mapping[str, Any],
+    tokenizer: ClipTokenizer,
+    preprocess: Preprocess,
+    file_name: str = "HPS_v2.1_compressed.safetensors",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write the folder described above; `load_clip` and open_clip's ``local-dir:`` read it back.
+
+    Args:
+        model_cfg: the config that the model was built from.
+        file_name: ``.safetensors``, or ``.pt`` for the authors' own form ``{"state_dict": ...}``.
+        dtype: of the stored weights; the published HPS files are float16.
+
+    Returns:
+        The checkpoint's path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model_cfg = copy.deepcopy(dict(model_cfg))
+    if model_cfg["text_cfg"].get("hf_tokenizer_name") is not None:
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
+        tokenizer.save(folder / "tokenizer")
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": list(preprocess.mean), "std": list(preprocess.std)}}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+    path = folder / file_name
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state}, path)
+    return path
+
+
+def clip_weight_files(config: str | Path, checkpoint: Path) -> list[Path]:
+    """Every file that decides a score: the checkpoint and, for a local model, its config and tokeniser."""
+    files = [checkpoint]
+    if (path := paths.find(Path(config).expanduser())).exists():
+        files.append(path / CONFIG_FILE if path.is_dir() else path)
+        files += sorted(file for file in (files[-1].parent / "tokenizer").glob("*") if file.is_file())
+    return files
+
+
+def hf_to_open_clip(state: Mapping[str, Tensor], origin: str = "checkpoint") -> dict[str, Tensor]:
+    """Rename and join the tensors of transformers' ``CLIPModel`` into open_clip's layout.
+
+    Query, key and value become one ``in_proj``; projections are transposed; position-id buffers are dropped.
+    Names that are not CLIP's keep their own name, so that `load_into` reports them.
+
+    Raises:
+        ValueError: a query, key or value is missing.
+    """
+    result: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.endswith("embeddings.position_ids"):
+            continue
+        if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+            if name.replace(".k_proj.", ".q_proj.").replace(".v_proj.", ".q_proj.") not in state:
+                raise ValueError(f"{origin}: has {name} without its q_proj.")
+            continue
+        if ".self_attn.q_proj." in name:
+            others = [name.replace(".q_proj.", f".{part}_proj.") for part in "kv"]
+            absent = [other for other in others if other not in state]
+            if absent:
+                raise ValueError(f"{origin}: has {name} without {', '.join(absent)}.")
+            value = torch.cat([value, *(state[other] for other in others)])
+        transposed = name in ("visual_projection.weight", "text_projection.weight")
+        result[_open_clip_name(name)] = value.T.contiguous() if transposed else value
+    return result
+
+
+_HF_NAMES = (
+    ("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("visual_projection.weight", "visual.proj"),
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    ("text_projection.weight", "text_projection"),
+    (".self_attn.q_proj.weight", ".attn.in_proj_weight"),
+    (".self_attn.q_proj.bias", ".attn.in_proj_bias"),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+
+
+def _open_clip_name(name: str) -> str:
+    for old, new in _HF_NAMES:
+        name = name.replace(old, new)
+    return name

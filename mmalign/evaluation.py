@@ -1,0 +1,318 @@
+"""The evaluator contract: one class in one file says what it needs, what it returns, and how a batch is scored.
+
+An evaluator is found by name (`mmalign.discovery`), gets shared backbones, and scores batches of decoded media. The
+same object scores folders, is the reward in training, and guides sampling. It never aggregates: means, intervals and
+tests are the runner's work, so that a score cannot depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmalign.clip_backbone import clip_weight_files
+from mmalign.clip_scoring import ClipBackbone, clip_means, load_clip_backbone, resize_crop, resize_pad
+from mmalign.config import Strict
+from mmalign.media import AllFrames, FramePlan, Uniform
+from mmalign.weights import find_checkpoint, load_into, read_state_dict
+
+__all__ = [
+    "NEEDS",
+    "AllFrames",
+    "BackboneSpec",
+    "Backbones",
+    "Batch",
+    "ClipBackbone",
+    "Evaluator",
+    "FramePlan",
+    "Scores",
+    "SetEvaluator",
+    "Strict",
+    "Uniform",
+    "check_class",
+    "clip_means",
+    "clip_weight_files",
+    "find_checkpoint",
+    "load_clip_backbone",
+    "load_into",
+    "read_state_dict",
+    "resize_crop",
+    "resize_pad",
+    "resolve_device",
+    "resolve_dtype",
+    "subscores",
+]
+
+NEEDS = frozenset({"image", "frames", "prompt", "reference", "fps", "aux"})
+"""What an evaluator may need: the media as stills or as clips, and columns of the media table."""
+
+MODALITIES = frozenset({"image", "video"})
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Scores = Tensor | dict[str, Tensor]
+"""A float tensor [B], or named sub-scores of that shape."""
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class Batch:
+    """Decoded items of one modality; lists that an evaluator does not need may be empty.
+
+    Attributes:
+        images: uint8 [3, H, W] RGB each, of any sizes; empty for videos.
+        frames: uint8 [T, 3, H, W] each, the frames that the evaluator's plan chose; an image is a clip of one frame.
+        prompts: one per item.
+        references: uint8 [T, 3, H, W] each; T = 1 for an image.
+        fps: frames per second of the source; None for an image.
+        aux: the table's further columns, one dictionary per item.
+    """
+
+    images: list[Tensor] = field(default_factory=list)
+    frames: list[Tensor] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    references: list[Tensor] = field(default_factory=list)
+    fps: list[float | None] = field(default_factory=list)
+    aux: list[dict[str, Any]] = field(default_factory=list)
+    _shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.frames or self.images)
+
+    def clips(self) -> list[Tensor]:
+        """Every item as a clip uint8 [T, 3, H, W]; a still image has T = 1."""
+        return self.frames or [image[None] for image in self.images]
+
+    def shared(self, key: Any, compute: Callable[[], Value]) -> Value:
+        """The value of ``compute()``, computed once per batch for all evaluators that name the same key.
+
+        The key has to say everything that the value depends on besides this batch, for example the backbone and the
+        resize.
+        """
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """A batch of the items at these places, in this order."""
+        names = ("images", "frames", "prompts", "references", "fps", "aux")
+        columns: dict[str, Any] = {name: getattr(self, name) for name in names}
+        taken: dict[str, Any] = {
+            name: [column[i] for i in indices] if column else [] for name, column in columns.items()
+        }
+        return Batch(**taken)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A network that several evaluators may share: equal specs give one instance per device and dtype.
+
+    Attributes:
+        loader: called as ``loader(**arguments, device=..., dtype=...)``.
+        arguments: keyword arguments with hashable values, as sorted pairs; see `of`.
+    """
+
+    loader: Callable[..., Any]
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, loader: Callable[..., Any], **arguments: Any) -> BackboneSpec:
+        """A spec from keyword arguments."""
+        return cls(loader, tuple(sorted(arguments.items())))
+
+
+class Backbones:
+    """Loads each backbone once per (loader, arguments, device, dtype) and hands out the same instance after that."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[BackboneSpec, str, torch.dtype], Any] = {}
+
+    def get(self, spec: BackboneSpec, device: torch.device, dtype: torch.dtype) -> Any:
+        """The instance; whatever its loader raises comes through."""
+        key = (spec, str(device), dtype)
+        if key not in self._loaded:
+            self._loaded[key] = spec.loader(**dict(spec.arguments), device=device, dtype=dtype)
+        return self._loaded[key]
+
+
+class _Declared:
+    """What every evaluator declares; see `Evaluator` for the meaning of each attribute."""
+
+    needs: ClassVar[frozenset[str] | set[str]] = frozenset({"image"})
+    modality: ClassVar[frozenset[str] | set[str]] = frozenset({"image"})
+    frames: ClassVar[FramePlan] = AllFrames()
+    backbones: ClassVar[Mapping[str, BackboneSpec]] = {}
+    higher_is_better: ClassVar[bool] = True
+    score_range: ClassVar[tuple[float | None, float | None]] = (None, None)
+    version: ClassVar[int] = 1
+    licence: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+
+    class Params(Strict):
+        """This evaluator takes no parameters."""
+
+    name: str = ""
+    summary: str = ""
+
+    def __init__(self, params: Any, backbones: Mapping[str, Any], device: torch.device):
+        self.params = params
+        self.device = device
+
+    @classmethod
+    def backbone_specs(cls, params: Any) -> Mapping[str, BackboneSpec]:
+        """Backbones for these parameters, by the name under which ``__init__`` gets them; nothing is loaded here."""
+        return cls.backbones
+
+    @classmethod
+    def weight_files(cls, params: Any) -> list[Path]:
+        """Files whose content decides the scores; their hash is part of every result.
+
+        Raises:
+            ValueError: a file is missing. This runs before anything is loaded, so the user hears of it at once.
+        """
+        return []
+
+    @classmethod
+    def bounds(cls, params: Any) -> tuple[float | None, float | None]:
+        """Smallest and largest possible score for these parameters; None where there is no bound."""
+        return cls.score_range
+
+
+class Evaluator(_Declared):
+    """Scores each item by itself.
+
+    A subclass states:
+        needs: any of `NEEDS`. ``image`` asks for stills, ``frames`` for clips; the others are columns of the table.
+        modality: ``{"image"}``, ``{"video"}`` or both. Other rows are marked as skipped, with the reason.
+        frames: which frames of a video are decoded.
+        backbones: networks by name; override `backbone_specs` where they depend on the parameters.
+        higher_is_better: direction of the score.
+        score_range: (lowest, highest), None for no bound; override `bounds` where it depends on the parameters.
+        differentiable: whether `score_tensor` exists and lets a gradient through to the images.
+        version: raise it whenever scores change; earlier results are then computed again.
+        licence, source: of the method and its weights, shown with every result.
+        Params: a strict schema of its parameters.
+
+    The first line of the class's docstring is its summary in ``mmalign list evaluators``.
+    """
+
+    differentiable: ClassVar[bool] = False
+
+    def score(self, batch: Batch) -> Scores:
+        """Scores of a batch: float [B], or a dictionary of named sub-scores [B].
+
+        An item's score must not depend on the other items. NaN stands for "cannot be scored" and becomes an error row.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define score(batch).")
+
+    def score_tensor(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores with a gradient: images float [B, 3, H, W] in [0, 1], prompts [B] -> float32 [B].
+
+        Equal to `score` on the same images as uint8. Only where ``differentiable`` is True.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not differentiable.")
+
+    def truncated(self, prompts: Sequence[str]) -> list[bool] | None:
+        """For each prompt, whether the text encoder saw only its beginning; None where no text is read."""
+        return None
+
+
+class SetEvaluator(_Declared):
+    """Scores a whole set at once, such as a Fréchet distance; declared as an `Evaluator` is, never differentiable."""
+
+    def update(self, batch: Batch) -> None:
+        """Take a batch into the statistics; the order of batches must not matter."""
+        raise NotImplementedError(f"{type(self).__name__} has to define update(batch).")
+
+    def compute(self) -> float | dict[str, float]:
+        """The score of everything seen, or named sub-scores."""
+        raise NotImplementedError(f"{type(self).__name__} has to define compute().")
+
+
+def check_class(value: object, origin: str) -> type[Evaluator] | type[SetEvaluator]:
+    """The class itself, if it keeps the contract.
+
+    Raises:
+        TypeError: naming the origin and every declaration that is wrong.
+    """
+    if not (isinstance(value, type) and issubclass(value, (Evaluator, SetEvaluator))):
+        raise TypeError(f"{origin}: {value!r} is not a subclass of mmalign.evaluation.Evaluator or SetEvaluator.")
+    method = value.update if issubclass(value, SetEvaluator) else value.score
+    base = SetEvaluator.update if issubclass(value, SetEvaluator) else Evaluator.score
+    media = {"image", "frames"} & set(value.needs)
+    problems = [
+        text
+        for wrong, text in (
+            (method is base, f"{base.__name__}(batch) is not defined"),
+            (set(value.needs) - NEEDS, f"needs {sorted(set(value.needs) - NEEDS)}; known are {sorted(NEEDS)}"),
+            (not media, "needs neither 'image' nor 'frames'"),
+            (media == {"image"} and "video" in value.modality, "takes videos, so it needs 'frames', not 'image'"),
+            (not value.modality or set(value.modality) - MODALITIES, "modality has to be of 'image', 'video' or both"),
+            (not value.licence, "licence is empty"),
+            (not value.source, "source is empty"),
+            (not isinstance(value.version, int) or value.version < 1, "version has to be an integer from 1"),
+            (not issubclass(value.Params, Strict), "Params has to derive from mmalign.evaluation.Strict"),
+        )
+        if wrong
+    ]
+    if problems:
+        raise TypeError(f"{origin}: {value.__name__} breaks the evaluator contract: {'; '.join(problems)}.")
+    return value
+
+
+def subscores(scores: object, size: int, name: str) -> dict[str, Tensor]:
+    """Named float64 CPU tensors [size] from what an evaluator returned; a plain tensor is called ``score``.
+
+    Raises:
+        TypeError: not a tensor or dictionary of tensors, or not of floating point.
+        ValueError: not of shape [size].
+    """
+    named = scores if isinstance(scores, dict) else {"score": scores}
+    if not named:
+        raise TypeError(f"{name} returned an empty dictionary of sub-scores.")
+    result = {}
+    for key, value in named.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} returned {kind} for '{key}'; it has to be a float tensor [{size}].")
+        if value.shape != (size,):
+            raise ValueError(
+                f"{name} returned shape {list(value.shape)} for '{key}' and a batch of {size}; expected [{size}]."
+            )
+        result[str(key)] = value.detach().to("cpu", torch.float64)
+    return result
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is a GPU, else the CPU; anything else is taken as torch names it.
+
+    Raises:
+        ValueError: an unknown device, or CUDA where there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device '{device}' is not known; use auto, cpu, cuda or cuda:N.") from None
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device '{device}' was asked for, but PyTorch finds no CUDA GPU here; use device: auto or cpu."
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """``float32`` or ``bfloat16`` as torch's type.
+
+    Raises:
+        ValueError: any other name.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype '{dtype}' is not known; use float32 or bfloat16.")
+    return DTYPES[dtype]

@@ -1,0 +1,216 @@
+"""What there is to score, known before any weights are loaded: evaluators checked, media hashed, batches laid out.
+
+Each pair of an item and an evaluator has a key, a hash of everything that decides the score. Results are found again by
+it, so that a second run computes only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mmalign.config import Strict
+from mmalign.discovery import evaluator_class, parse_params
+from mmalign.evaluation import Evaluator, SetEvaluator
+from mmalign.media import MediaError, content_hash
+from mmalign.tables import MediaRow
+from mmalign.weights import files_hash
+
+__all__ = ["VIDEO_SHARE", "Item", "Job", "Plan", "digest", "make_jobs", "make_plan"]
+
+VIDEO_SHARE = 16
+"""A batch of videos has this many times fewer items than one of images, since each brings many frames."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluator of the config, its parameters and weight files checked, nothing loaded.
+
+    Attributes:
+        label: as results name it: the name, and those parameters in brackets that are not at their default.
+        params_text: the parameters as canonical JSON without paths, since it is the files' content that counts.
+        weight_hash: sha256 over the weight files; None where there are none.
+    """
+
+    label: str
+    name: str
+    cls: type[Evaluator] | type[SetEvaluator]
+    params: Strict
+    params_text: str
+    weight_hash: str | None
+
+    @property
+    def params_hash(self) -> str:
+        """sha256 of the parameters, 64 hex digits."""
+        return hashlib.sha256(self.params_text.encode()).hexdigest()
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it scores the whole set at once."""
+        return issubclass(self.cls, SetEvaluator)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of the table, with the hashes of its media; ``problem`` says why it cannot be read."""
+
+    row: MediaRow
+    media_hash: str | None
+    reference_hash: str | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything to score.
+
+    Attributes:
+        jobs: the evaluators.
+        items: in the table's order.
+        keys: ``keys[job][item]``.
+        batches: indices of items, of one modality each, equal prompts together. They depend on the table alone, so that
+            an item meets the same neighbours whatever was computed before and however many processes share the work.
+    """
+
+    jobs: tuple[Job, ...]
+    items: tuple[Item, ...]
+    keys: tuple[tuple[str, ...], ...]
+    batches: tuple[tuple[int, ...], ...]
+
+    def skip_reason(self, job: Job, item: Item) -> str | None:
+        """Why this evaluator does not score this item, or None."""
+        row = item.row
+        if row.modality not in job.cls.modality:
+            return f"{job.name} scores {' and '.join(sorted(job.cls.modality))}s; this is a {row.modality}"
+        absent = [need for need in sorted(_COLUMN_NEEDS & set(job.cls.needs)) if not _has(row, need)]
+        return f"the row has no {', '.join(absent)}" if absent else None
+
+
+_COLUMN_NEEDS = frozenset({"prompt", "reference", "aux"})
+
+
+def make_jobs(specs: Sequence[tuple[str, Mapping[str, Any]]], plugins: bool = True) -> tuple[Job, ...]:
+    """Check every evaluator's name, parameters and weight files.
+
+    Args:
+        specs: (name, parameters).
+
+    Raises:
+        ValueError: unknown names or parameters, missing files, or two that would have the same label.
+    """
+    jobs: list[Job] = []
+    for name, values in specs:
+        cls = evaluator_class(name, plugins)
+        params = parse_params(cls, name, values)
+        weight_hash = files_hash(cls.weight_files(params))
+        job = Job(_label(name, params), name, cls, params, _params_text(params), weight_hash)
+        if any(job.label == other.label for other in jobs):
+            raise ValueError(
+                f"Two evaluators of this config would both be called '{job.label}' in the results. Give them different "
+                "parameters, or score them into two folders."
+            )
+        jobs.append(job)
+    return tuple(jobs)
+
+
+def make_plan(jobs: tuple[Job, ...], rows: Sequence[MediaRow], table: str | Path, batch_size: int, dtype: str) -> Plan:
+    """Hash the media and lay out the work.
+
+    Raises:
+        ValueError: the table is empty, a sample name occurs twice, or no row has a column that an evaluator needs.
+    """
+    if not rows:
+        raise ValueError(f"{table} has no rows, so there is nothing to score.")
+    names: set[str] = set()
+    for row in rows:
+        if row.sample in names:
+            raise ValueError(f"{table}: the sample '{row.sample}' occurs twice; results are told apart by this name.")
+        names.add(row.sample)
+    _check_needs(jobs, rows, table)
+    items = tuple(_item(row) for row in rows)
+    keys = tuple(tuple(_key(job, item, dtype) for item in items) for job in jobs)
+    return Plan(jobs, items, keys, _batches(rows, batch_size))
+
+
+def digest(*parts: object) -> str:
+    """sha256 of a list as canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def _check_needs(jobs: Sequence[Job], rows: Sequence[MediaRow], table: str | Path) -> None:
+    present = [f.name for f in fields(MediaRow) if any(getattr(row, f.name) not in (None, "", {}) for row in rows)]
+    for job in jobs:
+        absent = [need for need in sorted(_COLUMN_NEEDS & set(job.cls.needs)) if need not in present]
+        if absent:
+            raise ValueError(
+                f"{job.name} needs the column{'s' if len(absent) > 1 else ''} {', '.join(absent)}; "
+                f"{table} has {', '.join(present)}."
+            )
+        if not any(row.modality in job.cls.modality for row in rows):
+            found = ", ".join(sorted({row.modality for row in rows}))
+            raise ValueError(
+                f"{job.name} scores {' and '.join(sorted(job.cls.modality))}s; every row of {table} is of "
+                f"modality {found}."
+            )
+
+
+def _has(row: MediaRow, column: str) -> bool:
+    return getattr(row, column) not in (None, "", {})
+
+
+def _item(row: MediaRow) -> Item:
+    try:
+        reference = None if row.reference is None else content_hash(row.reference)
+        return Item(row, content_hash(row.media), reference, None)
+    except MediaError as error:
+        return Item(row, None, None, str(error))
+
+
+def _key(job: Job, item: Item, dtype: str) -> str:
+    row, needs = item.row, set(job.cls.needs)
+    return digest(
+        job.name,
+        job.cls.version,
+        job.params_text,
+        job.weight_hash,
+        dtype,
+        repr(job.cls.frames) if row.modality == "video" else "",
+        item.media_hash or f"unreadable {row.sample}",
+        row.prompt if "prompt" in needs else "",
+        item.reference_hash if "reference" in needs else "",
+        row.fps if "fps" in needs else "",
+        row.aux if "aux" in needs else "",
+    )
+
+
+def _batches(rows: Sequence[MediaRow], batch_size: int) -> tuple[tuple[int, ...], ...]:
+    first: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        first.setdefault(row.prompt or "", index)
+    order = sorted(range(len(rows)), key=lambda index: (rows[index].modality, first[rows[index].prompt or ""], index))
+    batches: list[list[int]] = []
+    for index in order:
+        modality = rows[index].modality
+        size = batch_size if modality == "image" else max(1, batch_size // VIDEO_SHARE)
+        if not batches or len(batches[-1]) >= size or rows[batches[-1][0]].modality != modality:
+            batches.append([])
+        batches[-1].append(index)
+    return tuple(tuple(batch) for batch in batches)
+
+
+def _params_text(params: Strict) -> str:
+    values = {name: value for name, value in params if not isinstance(value, Path)}
+    return json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _label(name: str, params: Strict) -> str:
+    changed = [
+        f"{key}={value}"
+        for key, value in params
+        if not isinstance(value, Path) and value != type(params).model_fields[key].default
+    ]
+    return f"{name}[{', '.join(changed)}]" if changed else name

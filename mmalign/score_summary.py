@@ -1,0 +1,105 @@
+"""Figures over a set of scores: counts, mean, spread, an interval clustered by prompt, and what they belong to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmalign.score_plan import Job
+from mmalign.stats import mean_ci
+
+__all__ = ["summarise"]
+
+
+def summarise(table: pa.Table, jobs: Sequence[Job], seed: int = 0) -> dict[str, Any]:
+    """One entry per evaluator's label.
+
+    Args:
+        table: settled rows, see `mmalign.score_store.SCHEMA`.
+        jobs: the evaluators, in the order in which they shall stand.
+        seed: of the bootstrap.
+
+    Returns:
+        label -> what the evaluator is, ``n_ok, n_skipped, n_error`` in items, the most frequent reasons, the share of
+        prompts that the text encoder saw only in part, and ``mean, std, ci95``: at this level for a single score, under
+            ``subscores``
+        for named ones. Where the table names several models, ``by_model`` holds the same figures for each.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {job.label: [] for job in jobs}
+    for row in table.to_pylist():
+        rows[row["evaluator"]].append(row)
+    return {job.label: {**_identity(job), **_figures(rows[job.label], seed)} for job in jobs}
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    cls = job.cls
+    lines = (cls.__doc__ or "").strip().splitlines()
+    return {
+        "name": job.name,
+        "summary": lines[0] if lines else "",
+        "version": cls.version,
+        "params": job.params.model_dump(mode="json"),
+        "params_hash": job.params_hash,
+        "weight_hash": job.weight_hash,
+        "higher_is_better": cls.higher_is_better,
+        "score_range": list(cls.bounds(job.params)),
+        "licence": cls.licence,
+        "source": cls.source,
+    }
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    names = list(dict.fromkeys(str(row["subscore"]) for row in rows))
+    status = {row["sample"]: row["status"] for row in rows}
+    cut = {row["sample"]: row["prompt_truncated"] for row in rows if row["prompt_truncated"] is not None}
+    reasons = Counter(
+        next(iter(str(row["reason"]).splitlines()), "")
+        for row in rows
+        if row["status"] != "ok" and row["subscore"] == names[0]
+    )
+    counts = Counter(status.values())
+    result: dict[str, Any] = {
+        "n_ok": counts["ok"],
+        "n_skipped": counts["skipped"],
+        "n_error": counts["error"],
+        "reasons": dict(reasons.most_common(5)),
+        "truncated_prompt_share": sum(cut.values()) / len(cut) if cut else None,
+        "seconds_per_item": _mean([row["seconds"] for row in rows if row["seconds"] is not None]),
+        "decoders": sorted({str(row["decoder"]) for row in rows}),
+    }
+    if names in (["score"], []):
+        result |= _spread(rows, seed)
+    else:
+        result["subscores"] = {name: _spread([row for row in rows if row["subscore"] == name], seed) for name in names}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    if len(models) > 1:
+        result["by_model"] = {
+            str(model): {
+                name: _spread([row for row in rows if row["model"] == model and row["subscore"] == name], seed)
+                for name in names
+            }
+            for model in models
+        }
+    return result
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    good = [row for row in rows if row["status"] == "ok"]
+    if not good:
+        return {"n": 0, "mean": None, "std": None, "ci95": None}
+    values = np.array([row["score"] for row in good], dtype=np.float64)
+    # Images of one prompt are not independent of each other; an item without a prompt stands for itself.
+    clusters = [row["prompt"] or f"sample {row['sample']}" for row in good]
+    mean, low, high = mean_ci(values, clusters, seed=seed)
+    std = float(values.std(ddof=1)) if len(values) > 1 else None
+    ends = [float(low), float(high)]
+    return {"n": len(good), "mean": float(mean), "std": std, "ci95": ends if all(map(math.isfinite, ends)) else None}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

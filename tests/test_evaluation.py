@@ -1,0 +1,190 @@
+"""The contract, discovery in the folder and through entry points, and the conformance kit's own eyesight."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmalign.discovery import evaluator_class, find_evaluators, load_evaluator
+from mmalign.evaluation import Backbones, BackboneSpec, Batch, Evaluator, check_class, resolve_device, subscores
+from mmalign.testing import check_evaluator
+
+sys.path.insert(0, str(Path(__file__).parent))
+from plugin_package import install
+
+SHIPPED = {"hps", "clip_score", "aesthetic"}
+
+
+@pytest.fixture
+def plugins(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
+    yield tmp_path / "site"
+    sys.modules.pop("plug_in_code", None)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def test_batch_takes_items_and_shares_work():
+    batch = Batch(
+        images=[torch.full((3, 2, 2), i) for i in range(3)], prompts=["a", "b", "c"], aux=[{"n": i} for i in range(3)]
+    )
+    assert len(batch) == 3 and [clip.shape[0] for clip in batch.clips()] == [1, 1, 1]
+    part = batch.take([2, 0])
+    assert part.prompts == ["c", "a"] and part.aux == [{"n": 2}, {"n": 0}] and int(part.images[0][0, 0, 0]) == 2
+    assert part.frames == [] and part.references == []
+    calls = []
+    assert batch.shared("key", lambda: calls.append(1) or 5) == 5
+    assert batch.shared("key", lambda: calls.append(1) or 6) == 5
+    assert calls == [1]
+    assert part.shared("key", lambda: 7) == 7, "a taken batch has other items, so it shares nothing"
+
+
+def test_backbones_load_once_per_loader_arguments_device_and_dtype():
+    loads = []
+
+    def loader(*, size, device, dtype):
+        loads.append((size, device, dtype))
+        return object()
+
+    shared, cpu = Backbones(), torch.device("cpu")
+    first = shared.get(BackboneSpec.of(loader, size=1), cpu, torch.float32)
+    assert shared.get(BackboneSpec.of(loader, size=1), cpu, torch.float32) is first
+    assert shared.get(BackboneSpec.of(loader, size=2), cpu, torch.float32) is not first
+    assert shared.get(BackboneSpec.of(loader, size=1), cpu, torch.bfloat16) is not first
+    assert len(loads) == 3
+
+
+def test_subscores_refuse_what_is_no_score():
+    assert subscores(torch.ones(2), 2, "x")["score"].dtype == torch.float64
+    with pytest.raises(TypeError, match=r"a tensor of torch\.int64 for 'score'"):
+        subscores(torch.ones(2, dtype=torch.long), 2, "x")
+    with pytest.raises(TypeError, match="list"):
+        subscores([1.0, 2.0], 2, "x")
+    with pytest.raises(ValueError, match=r"shape \[2, 1\].*expected \[2\]"):
+        subscores({"a": torch.ones(2, 1)}, 2, "x")
+
+
+def test_contract_names_every_wrong_declaration():
+    class Wrong(Evaluator):
+        needs = {"image", "sound"}
+        modality = {"video"}
+
+    with pytest.raises(TypeError) as error:
+        check_class(Wrong, "here")
+    for part in ("score(batch) is not defined", "'sound'", "needs 'frames', not 'image'", "licence", "source"):
+        assert part in str(error.value)
+    with pytest.raises(TypeError, match="not a subclass"):
+        check_class(print, "here")
+
+
+def test_unknown_devices_say_what_is_known():
+    with pytest.raises(ValueError, match="auto, cpu, cuda"):
+        resolve_device("gpu")
+
+
+# ------------------------------------------------------------------------------------------------ discovery
+
+
+def test_shipped_evaluators_are_listed_without_being_imported():
+    code = """
+import json, sys
+from mmalign.discovery import find_evaluators
+found = find_evaluators(plugins=False)
+heavy = ("mmalign.evaluators.", "open_clip.", "transformers.")
+loaded = [name for name in sys.modules if f"{name}.".startswith(heavy) and name != "mmalign.evaluators"]
+assert not loaded, loaded
+print(json.dumps({name: [f.summary, f.error] for name, f in found.items()}))
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    found = json.loads(output.splitlines()[-1])
+    assert set(found) >= SHIPPED
+    for name, (summary, error) in found.items():
+        assert error is None and len(summary) > 20, name
+
+
+def test_unknown_names_get_the_nearest_one():
+    with pytest.raises(ValueError, match=r"no evaluator 'aestetic'.*Did you mean 'aesthetic'\?.*Known are: .*hps"):
+        load_evaluator("aestetic")
+
+
+def test_plugins_are_found_and_may_be_left_out(plugins):
+    found = find_evaluators()
+    assert found["brightness"].summary == "Mean of all pixels, from 0 to 1."
+    assert "plug-in 1.2.3" in found["brightness"].origin
+    assert "brightness" not in find_evaluators(plugins=False)
+    assert evaluator_class("brightness").__name__ == "Brightness"
+
+
+def test_a_broken_declaration_is_listed_with_its_maker(plugins):
+    error = find_evaluators()["nameless"].error
+    assert "plug-in 1.2.3" in error and "licence is empty" in error
+    with pytest.raises(TypeError, match="licence is empty"):
+        load_evaluator("nameless")
+
+
+def test_a_name_used_twice_is_an_error_that_names_both(plugins, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(install(tmp_path / "more", {"hps": "other_code:Brightness"}, "other")))
+    found = find_evaluators()["hps"]
+    assert "built in" in found.error and "other 1.2.3" in found.error
+    with pytest.raises(ValueError, match="used twice"):
+        load_evaluator("hps")
+    assert find_evaluators()["clip_score"].error is None
+
+
+def test_an_external_package_is_found_listed_and_run_and_a_broken_one_named(tmp_path):
+    """From outside, as a user has it: two distributions on the path, one good and one that cannot be imported."""
+    site = install(tmp_path / "site")
+    install(site, {"ruined": "ruined_code:Nothing"}, "ruined", "import a_module_that_nobody_has\n")
+    code = """
+import json, sys
+import numpy as np
+from mmalign.discovery import find_evaluators
+from mmalign.jobs import ScoreConfig
+from mmalign.media import write_image
+from mmalign.score import run
+found = find_evaluators()
+folder = sys.argv[1]
+for value in (0, 51, 255):
+    write_image(f"{folder}/{value}.png", np.full((8, 9, 3), value, np.uint8))
+table, out = f"{folder}/table.jsonl", f"{folder}/out"
+with open(table, "w") as file:
+    file.writelines(json.dumps({"media": f"{value}.png"}) + "\\n" for value in (0, 51, 255))
+run(ScoreConfig(table=table, output=out, evaluators=[{"name": "brightness"}], device="cpu"))
+summary = json.load(open(f"{out}/summary.json"))
+print(json.dumps({"found": {n: [f.origin, f.error] for n, f in found.items()}, "summary": summary}))
+"""
+    env = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    origin, error = result["found"]["ruined"]
+    assert "ruined 1.2.3" in origin and "a_module_that_nobody_has" in error and "ruined 1.2.3" in error
+    assert all(result["found"][name][1] is None for name in SHIPPED | {"brightness"})
+    assert result["summary"]["evaluators"]["brightness"]["mean"] == pytest.approx(0.4)
+
+
+# ------------------------------------------------------------------------------------------------ the kit
+
+
+def test_the_kit_passes_a_good_evaluator(plugins):
+    check_evaluator("brightness", processes=1)
+
+
+def test_the_kit_sees_dependence_on_the_batch(plugins):
+    with pytest.raises(AssertionError, match="depends on the rest of the batch"):
+        check_evaluator("neighbourly", processes=1)
+
+
+def test_the_kit_sees_scores_out_of_range(plugins):
+    with pytest.raises(AssertionError, match=r"above 1\.0"):
+        check_evaluator("unbounded", processes=1)
+
+
+def test_the_kit_sees_scores_that_are_not_finite(plugins):
+    with pytest.raises(AssertionError, match="'words' is not finite"):
+        check_evaluator("words", processes=1, prompts=("one", "two words"), sizes=((8, 8), (9, 9)))
