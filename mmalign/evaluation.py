@@ -18,7 +18,7 @@ from torch import Tensor
 from mmalign.clip_backbone import clip_weight_files
 from mmalign.clip_scoring import ClipBackbone, clip_means, load_clip_backbone, resize_crop, resize_pad
 from mmalign.config import Strict
-from mmalign.media import AllFrames, FramePlan, Uniform
+from mmalign.media import AllFrames, EveryFps, FramePlan, Uniform
 from mmalign.weights import find_checkpoint, load_into, read_state_dict
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Batch",
     "ClipBackbone",
     "Evaluator",
+    "EveryFps",
     "FramePlan",
     "Scores",
     "SetEvaluator",
