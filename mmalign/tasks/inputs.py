@@ -71,7 +71,7 @@ def picture(source: Any) -> np.ndarray:
         return source.image()
     from mmalign.media import read_image
 
-    return read_image(source.path if getattr(source, "path", None) else source.read())
+    return read_image(source)
 
 
 @dataclass

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from mmalign import tables
 from mmalign.jobs import Data
+from mmalign.media import MediaError, check_media
+from mmalign.media_table import read_media_table
 from mmalign.paths import find
+from mmalign.progress import track
+from mmalign.records import MediaRef
 from mmalign.shapes.data import drawings, judged_pairs
 
 
@@ -19,20 +25,31 @@ class Single:
 
 
 def singles(data: Data) -> tuple[list[Single], str]:
-    """Captioned pictures, and a sentence that says how many rows were kept and dropped."""
+    """Captioned pictures, and a sentence that says how many rows were kept and dropped and why."""
     if data.shapes:
         wanted = data.shapes
         drawn = drawings(wanted.scenes, wanted.seed, held_out=wanted.held_out, counts=wanted.counts)
-        found = [Single(str(drawing.caption), drawing) for drawing in drawn]
-        summary = f"drew {len(found)} scenes of the shapes world"
-    else:
-        from mmalign import tables
+        return _limited([Single(str(drawing.caption), drawing) for drawing in drawn], data), f"drew {len(drawn)} scenes"
+    assert data.table is not None
+    rows = read_media_table(find(data.table), data.root)
+    refs = [row.media if isinstance(row.media, MediaRef) else MediaRef(row.media) for row in rows]
+    with ThreadPoolExecutor() as pool:
+        checks = pool.map(_problem, refs) if data.verify else [None] * len(refs)
+        problems = list(track(checks, "checking pictures", len(refs)))
+    kept = [Single(row.prompt, ref) for row, ref, bad in zip(rows, refs, problems, strict=True) if bad is None]
+    dropped = [bad for bad in problems if bad is not None]
+    summary = f"kept {len(kept)} of {len(rows)} rows"
+    if dropped:
+        summary += f"; dropped {len(dropped)} undecodable: {'; '.join(dropped[:3])}"
+    return _limited(kept, data), summary
 
-        assert data.table is not None
-        table = tables.captioned(find(data.table), root=data.root, verify=data.verify)
-        found = [Single(row.prompt, row.media) for row in table.rows]
-        summary = table.summary()
-    return _limited(found, data), summary
+
+def _problem(ref: MediaRef) -> str | None:
+    try:
+        check_media(ref)
+    except MediaError as error:
+        return str(error)
+    return None
 
 
 def pairs(data: Data) -> tuple[list[Any], str]:
@@ -45,13 +62,9 @@ def pairs(data: Data) -> tuple[list[Any], str]:
             found = [pair for pair in found if pair.label != 0.5]
         summary = f"drew {data.shapes.scenes} pairs of the shapes world, kept {len(found)}"
     else:
-        from mmalign import tables
-
         assert data.table is not None
-        table = tables.read_preferences(
-            find(data.table), data.format, root=data.root, verify=data.verify, dimension=data.dimension
-        )
-        found = tables.pairs(table, data.ties)
+        table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension)
+        found = list(tables.pairs(table, data.ties))
         summary = f"{table.summary()}; {len(found)} pairs with ties: {data.ties}"
     return _limited(found, data), summary
 
