@@ -149,9 +149,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for low in range(0, len(images), step):
             evaluator.score(Batch(images=images[low : low + step], prompts=prompts[low : low + step])).sum().item()
 
-    score(options.batch)
-    batched = min(clock(lambda: score(options.batch), device) for _ in range(options.repeats))
-    single = min(clock(lambda: score(1), device) for _ in range(options.repeats))
+    for step in (options.batch, 1):
+        evaluator.score(Batch(images=images[:step], prompts=prompts[:step])).sum().item()
+    times = [
+        [clock(lambda step=step: score(step), device) for step in (options.batch, 1)] for _ in range(options.repeats)
+    ]
+    batched, single = (min(column) for column in zip(*times, strict=True))
     rates = {"batched": len(images) / batched, "single": len(images) / single, "reload": options.calls / reload}
     ceiling = matmul_ceiling(device, torch.bfloat16 if options.dtype == "bfloat16" else torch.float32)
     gflop = image_gflop(options.model)
@@ -179,7 +182,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=None, help="how many to score: 1024 on a GPU, else 4")
     parser.add_argument("--batch", type=int, default=None, help="64 on a GPU, else 4")
     parser.add_argument("--calls", type=int, default=2, help="images scored by loading the checkpoint each time")
-    parser.add_argument("--repeats", type=int, default=None, help="best of: 3 on a GPU, else 1")
+    parser.add_argument("--repeats", type=int, default=None, help="best of, alternating: 3 on a GPU, else 2")
     parser.add_argument("--side", type=int, default=512, help="side of the decoded images in pixels")
     parser.add_argument("--tmp", default=None, help="folder for the checkpoint (2 GB at ViT-H-14)")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here too")
@@ -188,7 +191,7 @@ def main() -> None:
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     options.images = options.images or (1024 if gpu else 4)
     options.batch = options.batch or (64 if gpu else 4)
-    options.repeats = options.repeats or (3 if gpu else 1)
+    options.repeats = options.repeats or (3 if gpu else 2)
     figures = measure(options)
     rates = figures["images_per_second"]
     over_reload, over_single = figures["ratio_batched_over_reload"], figures["ratio_batched_over_single"]
