@@ -19,7 +19,7 @@ from mmalign.models.checkpoint import weight_hash
 from mmalign.paths import find
 from mmalign.progress import track
 from mmalign.tasks import finish, sources
-from mmalign.tasks.inputs import Inputs, View, draw
+from mmalign.tasks.inputs import Inputs, View, draw, part_hash
 
 
 class PreferenceTask:
@@ -132,7 +132,7 @@ class PreferenceTask:
         """Identifies the reference's weights: the denoiser, what replaces it, and a LoRA fused into it."""
         model = self.config.model
         parts = [weight_hash(find(model.path), components=["unet"])]
-        parts += [weight_hash(find(folder)) for name, folder in model.components.items() if name == "unet"]
+        parts += [part_hash(find(folder)) for name, folder in model.components.items() if name == "unet"]
         if model.lora:
             files = sorted(model.lora.rglob("*.safetensors")) if model.lora.is_dir() else [model.lora]
             from mmalign.media import content_hash
