@@ -101,14 +101,14 @@ def write_sd(folder: Path) -> None:
 
 
 def write_clip(folder: Path) -> None:
-    """configs/shapes/clip: an open_clip model of about 1.4 million parameters for 64x64 pixels."""
+    """configs/shapes/clip: an open_clip model of about 0.7 million parameters for 64x64 pixels."""
     tokenizer = write_tokenizer(folder / "tokenizer")
     model = {
         "embed_dim": 96,
-        "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 128, "head_width": 32, "layers": 4},
+        "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 96, "head_width": 32, "layers": 3},
         "text_cfg": {
             "context_length": TOKENS, "vocab_size": len(tokenizer), "hf_tokenizer_name": "tokenizer",
-            "width": 96, "heads": 4, "layers": 3,
+            "width": 96, "heads": 4, "layers": 2,
         },
     }  # fmt: skip
     config = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
