@@ -23,7 +23,6 @@ LAYERS: list[set[str]] = [
         "train",
         "sample",
         "score",
-        "export",
         "quickstart",
         "report",
         "compare",
@@ -36,6 +35,7 @@ LAYERS: list[set[str]] = [
     {"tasks", "guidance"},
     {
         "models",
+        "export",  # the file formats of the model families, which a task writes at its end
         "losses",
         "tables",
         "media_table",

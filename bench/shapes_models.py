@@ -1,0 +1,118 @@
+"""Figures of the shapes models that assets/README.md reports: `python bench/shapes_models.py`.
+
+shapes-sd: share of pictures for held-out captions in which the reader finds exactly the asked shapes and colours.
+shapes-clip: share of held-out pairs that the scorer orders as the annotator's noise-free utility does.
+The autoencoder: the same share on reconstructions of perfect drawings, which bounds what the generator can reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmalign import sample
+from mmalign.clip_backbone import load_clip
+from mmalign.clip_scoring import resize_pad
+from mmalign.jobs import Model, SampleConfig
+from mmalign.models import base
+from mmalign.paths import find
+from mmalign.shapes.annotators import ANNOTATORS
+from mmalign.shapes.captions import captions
+from mmalign.shapes.data import drawings, judged_pairs
+from mmalign.shapes.reader import fidelity, read
+from mmalign.stats import mean_ci
+
+
+def share(hits: list[float], prompts: list[str] | None = None) -> dict[str, float]:
+    """A mean with its 95 % interval, clustered by prompt."""
+    found = mean_ci(np.asarray(hits, float), prompts)
+    return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(hits)}
+
+
+def generator(folder: Path, count: int, seed: int, guidance_scale: float, steps: int) -> dict[str, Any]:
+    """Fidelity of pictures for held-out captions, in all and by number of shapes."""
+    wanted = captions(count, seed, held_out=True)
+    config = SampleConfig(
+        model=Model(path=folder), prompts=Path("-"), output=Path("-"), steps=steps, guidance_scale=guidance_scale, batch_size=32
+    )
+    pipe = base.load(config.model).pipeline()
+    made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]
+    images = [image for _, part in sample.generate(pipe, made, config) for image in part]
+    judged = [fidelity(caption, read(image)) for caption, image in zip(wanted, images, strict=True)]
+    texts = [str(caption) for caption in wanted]
+    by_count = {
+        len_: share([float(f.shape_colour) for f, c in zip(judged, wanted, strict=True) if len(c.items) == len_])
+        for len_ in sorted({len(c.items) for c in wanted})
+    }
+    return {
+        "shape_colour": share([float(f.shape_colour) for f in judged], texts),
+        "everything_asked": share([float(f.everything) for f in judged], texts),
+        "by_number_of_shapes": by_count,
+        "cleanliness": share([read(image).cleanliness for image in images], texts),
+    }
+
+
+@torch.no_grad()
+def autoencoder(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Fidelity of reconstructions of perfect drawings, and their mean squared error in [0, 1]."""
+    adapter = base.load(Model(path=folder))
+    hits, errors = [], []
+    for drawing in drawings(count, seed, held_out=True):
+        pixels = torch.from_numpy(drawing.image()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        decoded = adapter.decode(adapter.encode_media(pixels)[:, 0]).clamp(-1, 1)
+        errors.append(((decoded - pixels) / 2).square().mean().item())
+        image = ((decoded[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+        hits.append(float(fidelity(drawing.caption, read(image)).shape_colour))
+    return {"shape_colour": share(hits), "psnr_db": -10 * math.log10(float(np.mean(errors)))}
+
+
+@torch.no_grad()
+def scorer(folder: Path, count: int, seed: int, annotator: str) -> dict[str, Any]:
+    """Pairwise accuracy on held-out captions against noise-free utility, and against the noisy labels."""
+    judge = ANNOTATORS[annotator]
+    clip, tokenizer, preprocess = load_clip(folder, next(iter(sorted(folder.glob("*.safetensors")))))
+    clip.eval()
+    clean, noisy = [], []
+    for pair in judged_pairs(count, seed, annotator, held_out=True):
+        images = [pair.winner.image(), pair.loser.image()]
+        pixels = torch.stack([torch.from_numpy(i.copy()).permute(2, 0, 1).float() / 255 for i in images])
+        image = clip.encode_image(preprocess.normalise(resize_pad(pixels, preprocess.size)), normalize=True)
+        scores = image @ clip.encode_text(tokenizer([pair.prompt]), normalize=True)[0]
+        better = bool(scores[0] > scores[1])
+        utilities = [judge.utility(pair.winner.caption, image) for image in images]
+        if utilities[0] != utilities[1]:
+            clean.append(float(better == (utilities[0] > utilities[1])))
+        if pair.label == 1.0:
+            noisy.append(float(better))
+    return {"pairwise_accuracy": share(clean), "pairwise_accuracy_noisy_labels": share(noisy)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sd", type=Path, default=find("assets/shapes-sd"))
+    parser.add_argument("--clip", type=Path, default=find("assets/shapes-clip"))
+    parser.add_argument("--only", choices=("sd", "vae", "clip"))
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--annotator", default="faithful")
+    args = parser.parse_args()
+    jobs = {
+        "sd": lambda: generator(args.sd, args.count, args.seed, args.guidance_scale, args.steps),
+        "vae": lambda: autoencoder(args.sd, args.count, args.seed),
+        "clip": lambda: scorer(args.clip, args.count, args.seed, args.annotator),
+    }
+    for name, job in jobs.items():
+        if args.only in (None, name):
+            print(json.dumps({name: job()}, indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    main()
