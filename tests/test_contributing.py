@@ -1,0 +1,87 @@
+"""The worked examples of CONTRIBUTING.md, taken out of the page and run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from mmalign import config, jobs
+from mmalign.discovery import make_evaluator, parse_params
+from mmalign.evaluation import Batch, check_class
+from mmalign.models import base
+from mmalign.testing.tiny import tiny_sd
+
+PAGE = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"<!-- (\S+\.py) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
+
+
+def module(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example that belongs into `path`, as the module that it would be."""
+    made = ModuleType(path.removesuffix(".py").replace("/", "."))
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    exec(compile(EXAMPLES[path], path, "exec"), made.__dict__)
+    return made
+
+
+def test_every_example_is_run_here() -> None:
+    new = {"evaluators/colourfulness.py", "mmalign/losses/ipo.py", "mmalign/models/sd_pag.py"}
+    assert EXAMPLES.keys() == new | {"mmalign/jobs.py", "mmalign/models/base.py"}
+
+
+def test_the_evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module("evaluators/colourfulness.py", monkeypatch)
+    cls = check_class(made.EVALUATOR, "colourfulness")
+    evaluator: Any = make_evaluator(cls, "colourfulness", parse_params(cls, "colourfulness", {}), "cpu")
+    grey, halves = torch.full((3, 8, 8), 77, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    halves[0, :, :4], halves[1, :, 4:] = 200, 200  # red beside green: rg is +-200, yb is 100 everywhere
+    scores = evaluator.score(Batch(images=[grey, halves], prompts=["", ""]))
+    torch.testing.assert_close(scores, torch.tensor([0.0, 200 + 0.3 * 100], dtype=torch.float64))
+
+
+def test_the_loss_and_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    ipo = module("mmalign/losses/ipo.py", monkeypatch).ipo
+    errors = [torch.tensor(values) for values in ([0.8, 0.5], [0.9, 0.7], [1.0, 0.5], [1.0, 0.6])]
+    loss, metrics = ipo(*errors, beta=2.0)
+    assert loss.item() == pytest.approx(((0.1 - 0.25) ** 2 + (0.1 - 0.25) ** 2) / 2, rel=1e-5)
+    assert metrics["implicit_accuracy"] == 1
+    aimed = torch.tensor([0.25], requires_grad=True)
+    at_target = ipo(torch.zeros(1), aimed, torch.zeros(1), torch.zeros(1), beta=2.0)[0]
+    assert at_target.item() == 0 and torch.autograd.grad(at_target, aimed)[0].item() == 0
+
+    scope = dict(vars(jobs))
+    exec(compile(EXAMPLES["mmalign/jobs.py"], "jobs.py", "exec"), scope)
+    schema = scope["IPO"]
+    assert schema.task in {loss.task for loss in jobs.LOSSES} and schema.function == "mmalign.losses.ipo:ipo"
+    assert config.build(schema, {"kind": "ipo", "beta": 3}, "loss").beta == 3
+    with pytest.raises(config.ConfigError, match="beta"):
+        config.build(schema, {"kind": "ipo", "beta": -1}, "loss")
+
+
+def test_the_model_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_sd(tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionPAGPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="no adapter for StableDiffusionPAGPipeline"):
+        base.load(jobs.Model(path=folder))
+
+    module("mmalign/models/sd_pag.py", monkeypatch)
+    monkeypatch.setattr(base, "_CLASSES", dict(base._CLASSES))
+    monkeypatch.setattr(jobs, "FAMILIES", {**jobs.FAMILIES, "sd_pag": "Stable Diffusion with perturbed attention"})
+    if hasattr(base, "FAMILIES"):
+        monkeypatch.setattr(base, "FAMILIES", jobs.FAMILIES)
+    exec(compile(EXAMPLES["mmalign/models/base.py"], "base.py", "exec"), vars(base))
+    adapter = base.load(jobs.Model(path=folder))
+    assert (adapter.family, type(adapter.pipeline()).__name__) == ("sd_pag", "StableDiffusionPAGPipeline")
+    condition = adapter.encode_prompt(["a red circle"])
+    latents = torch.randn(1, *adapter.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
+    prediction = adapter.predict(latents, torch.tensor([500]), condition)
+    assert prediction.shape == latents.shape and math.isfinite(prediction.sum().item())
