@@ -9,7 +9,7 @@ A family differs from the others here and nowhere else. An adapter is a plain cl
     latent_shape(height, width)      -> (C, h, w)
     encode_prompt(prompts, grad)     -> Condition: dict of tensors, first dim B
     add_size(condition, sizes)       -> the condition with what the family needs to know of picture sizes and crops
-    encode_media(pixels)             [B, 3, H, W] in [-1, 1] -> moments [B, 2, C, h, w]: scaled mean and std of the posterior
+    encode_media(pixels)             [B, 3, H, W] in [-1, 1] -> moments [B, 2, C, h, w]: scaled mean, std of the posterior
     decode(latents)                  -> pixels [B, 3, H, W] in [-1, 1]
     noisy, target, predict, step     the process; see `StableDiffusion`
     pipeline()                       the diffusers pipeline that shares these modules
@@ -24,12 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mmalign.jobs import FAMILIES, Model
+from mmalign.jobs import Model
+from mmalign.models.checkpoint import _component_faults as checkpoint_faults
+from mmalign.models.checkpoint import check_folder
 from mmalign.paths import find
+from mmalign.weights import files_hash
 
 Condition = dict[str, Tensor]
+_HASHED = {".safetensors", ".json", ".txt"}
+_MISFITS = (RuntimeError, ValueError, KeyError, SafetensorError)  # how diffusers says that a LoRA does not fit
 _CLASSES = {
     "StableDiffusionPipeline": ("sd", "mmalign.models.sd:StableDiffusion"),
     "StableDiffusionXLPipeline": ("sdxl", "mmalign.models.sdxl:StableDiffusionXL"),
@@ -47,31 +53,102 @@ def family_of(path: Path) -> str:
         raise ValueError(f"{path}: no model_index.json here; model.path must be a folder that save_pretrained wrote")
     name = json.loads(index.read_text()).get("_class_name", "")
     if name not in _CLASSES:
-        raise ValueError(f"{path}: no adapter for {name or 'an index without _class_name'}; known: {', '.join(_CLASSES)}")
+        raise ValueError(
+            f"{path}: no adapter for {name or 'an index without _class_name'}; known: {', '.join(_CLASSES)}"
+        )
     return _CLASSES[name][0]
 
 
-def load(config: Model, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Loads a checkpoint folder behind its family's adapter. Raises ValueError with the fix for a bad folder."""
-    from mmalign.models.checkpoint import check_folder
+def check(config: Model) -> Path:
+    """Looks at a checkpoint folder and at what replaces its parts, before any weights are loaded; the folder.
 
+    Raises:
+        ValueError: anything that would not load, or would load as something else than it says; the message has the fix.
+    """
     path = find(config.path)
-    if not config.from_scratch:
-        check_folder(path, skip=("safety_checker", "feature_extractor", *config.components))
-    found = family_of(path)
-    family = found if config.family == "auto" else config.family
-    if family != found:
-        raise ValueError(f"{config.path} holds a {found} model, but model.family says {family}; write family: auto")
-    module, _, name = {key: where for key, where in _CLASSES.values()}[family].partition(":")
-    assert family in FAMILIES
-    adapter = getattr(importlib.import_module(module), name).load(config.model_copy(update={"path": path}), device=device, dtype=dtype)
+    check_folder(path, skip=("safety_checker", "feature_extractor", *config.components, *config.from_scratch))
+    index = json.loads((path / "model_index.json").read_text())
+    parts = [name for name in index if not name.startswith("_")]
+    for name in (*config.components, *config.from_scratch):
+        if name not in parts:
+            raise ValueError(f"{path} has no part {name!r} to replace; it has: {', '.join(parts)}")
+    for name in config.from_scratch:
+        folder = find(config.components.get(name, path / name))
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model.from_scratch: {name} is made from {folder / 'config.json'}, which does not exist")
+    for name in config.components.keys() - set(config.from_scratch):
+        folder = find(config.components[name])
+        faults = checkpoint_faults(folder, *index[name], None) if folder.is_dir() else ["the folder does not exist."]
+        if faults:
+            raise ValueError(f"model.components.{name}: {folder} cannot be used: {' '.join(faults)}")
     if config.lora:
-        if not config.lora.exists():
-            raise ValueError(f"model.lora: {config.lora} does not exist; give a folder or file with LoRA weights")
-        adapter.pipeline().load_lora_weights(str(config.lora), local_files_only=True)
-        adapter.pipeline().fuse_lora()
-        adapter.pipeline().unload_lora_weights()
+        lora_file(config.lora)
+    family = family_of(path)
+    if config.family not in ("auto", family):
+        raise ValueError(
+            f"{config.path} holds a {family} model, but model.family says {config.family}; write family: auto"
+        )
+    return path
+
+
+def load(
+    config: Model,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype | None = None,
+) -> Any:
+    """Loads a checkpoint folder behind its family's adapter; `vae_dtype` is `dtype` unless given.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    path = check(config)
+    module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(path)].partition(":")
+    found = config.model_copy(update={"path": path})
+    kind = getattr(importlib.import_module(module), name)
+    adapter = kind.load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype)
+    if config.lora:
+        _fuse(adapter.pipeline(), lora_file(config.lora))
     return adapter
+
+
+def lora_file(path: Path) -> Path:
+    """The safetensors file of `model.lora`, a file or a folder such as a run's export. ValueError if there is none."""
+    path = find(path)
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(
+            f"model.lora: {file} does not exist; give a LoRA file, or a folder with this file (a run's export/)"
+        )
+    if file.suffix != ".safetensors":
+        raise ValueError(
+            f"model.lora: {file} is not a safetensors file, and pickled weights are refused; convert it first"
+        )
+    return file
+
+
+def _fuse(pipe: Any, file: Path) -> None:
+    """Adds a LoRA to the weights. ValueError when not every tensor of the file has its place in the model."""
+    fix = "it was trained on another architecture; give the LoRA of this model, or the model of this LoRA"
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True, use_safetensors=True)
+    except _MISFITS as error:
+        raise ValueError(f"model.lora: {file} does not fit the model ({str(error).splitlines()[0]}); {fix}") from error
+    if not pipe.get_active_adapters():
+        raise ValueError(f"model.lora: no tensor of {file} has a place in the model; {fix}")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
+def fingerprint(config: Model) -> dict[str, str]:
+    """sha256 of each part of a model as it will be loaded (weights, configs, vocabularies), and of its LoRA."""
+    path = find(config.path)
+    parts = {part.name: part for part in path.iterdir() if part.is_dir()}
+    parts |= {name: find(folder) for name, folder in config.components.items()}
+    parts |= {"lora": lora_file(config.lora)} if config.lora else {}
+    files = {name: [part] if part.is_file() else sorted(part.rglob("*")) for name, part in sorted(parts.items())}
+    return {name: files_hash(f for f in found if f.suffix in _HASHED) or "empty" for name, found in files.items()}
 
 
 def sample_latents(moments: Tensor, noise: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from mmalign import noise as process
 from mmalign.jobs import Model
 from mmalign.models.base import Condition
+from mmalign.paths import find
 
 PARAMETERISATIONS: dict[str, process.Parameterisation] = {"epsilon": "eps", "v_prediction": "v"}
 
@@ -37,13 +40,18 @@ class StableDiffusion:
         self.alphas_cumprod: Tensor = pipe.scheduler.alphas_cumprod.float()
 
     @classmethod
-    def load(cls, config: Model, *, device: torch.device | str, dtype: torch.dtype) -> StableDiffusion:
+    def load(
+        cls, config: Model, *, device: torch.device | str, dtype: torch.dtype, vae_dtype: torch.dtype
+    ) -> StableDiffusion:
         """Loads a pipeline folder without safety checker; `from_scratch` parts are made from their config.json."""
-        parts = {name: _load_part(config, name, dtype) for name in {*config.components, *config.from_scratch}}
+        dtypes = {"default": dtype, "vae": vae_dtype}
+        # Sorted, since each part made from scratch takes its weights from one stream of random numbers.
+        names = sorted({*config.components, *config.from_scratch})
+        parts = {name: _load_part(config, name, dtypes.get(name, dtype)) for name in names}
         missing = {"safety_checker": None} if cls.family == "sd" else {}
         kwargs: dict[str, Any] = {"requires_safety_checker": False} if missing else {}
         pipe = cls.pipeline_class.from_pretrained(
-            config.path, dtype=dtype, local_files_only=True, use_safetensors=True, **parts, **missing, **kwargs
+            config.path, dtype=dtypes, local_files_only=True, use_safetensors=True, **parts, **missing, **kwargs
         )
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe.to(device))
@@ -67,8 +75,14 @@ class StableDiffusion:
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
         """Text to the UNet's condition: encoder_hidden_states [B, L, D]. Longer prompts are cut, EOT kept."""
         tokens = self._tokens(self.pipe.tokenizer, prompts)
-        with torch.set_grad_enabled(grad):
+        with self.encoding(grad):
             return {"encoder_hidden_states": self.pipe.text_encoder(tokens)[0]}
+
+    @contextmanager
+    def encoding(self, grad: bool) -> Iterator[None]:
+        """What text encoders run under: autocast only where they are trained, so that a cached value fits every run."""
+        with torch.set_grad_enabled(grad), _exact(self.device, off=not grad):
+            yield
 
     def _tokens(self, tokenizer: Any, prompts: list[str]) -> Tensor:
         batch = tokenizer(
@@ -82,8 +96,12 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_media(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to posterior moments [B, 2, C, h, w], scaled as the UNet wants them."""
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        """Pixels [B, 3, H, W] in [-1, 1] to posterior moments [B, 2, C, h, w], scaled as the UNet wants them.
+
+        Autocast is off: SDXL's autoencoder overflows in float16.
+        """
+        with _exact(self.device):
+            posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         factor = self.vae.config.scaling_factor
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return torch.stack([(posterior.mean - shift) * factor, posterior.std * factor], dim=1).float()
@@ -121,17 +139,21 @@ class StableDiffusion:
         return process.ddim_step(noisy, x0, eps, previous, self.alphas_cumprod), x0
 
 
-def _load_part(config: Model, name: str, dtype: torch.dtype) -> nn.Module:
+def _exact(device: torch.device, off: bool = True) -> Any:
+    """Switches autocast off, if `off`."""
+    return torch.autocast(device.type, enabled=False) if off else nullcontext()
+
+
+def _load_part(config: Model, name: str, dtype: torch.dtype) -> Any:
     """A pipeline part from another folder, or with fresh weights from its config."""
     import diffusers
     import transformers
 
-    index = json.loads((config.path / "model_index.json").read_text())
-    if name not in index:
-        raise ValueError(f"{config.path} has no part {name!r}; it has: {', '.join(k for k in index if k[0] != '_')}")
-    library, class_name = index[name]
+    library, class_name = json.loads((config.path / "model_index.json").read_text())[name]
     kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-    folder = config.components.get(name, config.path / name)
+    folder = find(config.components.get(name, config.path / name))
+    if not issubclass(kind, nn.Module):  # a scheduler or a tokenizer
+        return kind.from_pretrained(folder, local_files_only=True)
     if name not in config.from_scratch:
         return kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     if library == "diffusers":

@@ -28,7 +28,7 @@ class StableDiffusionXL(StableDiffusion):
         An empty prompt gives zeros where the pipeline was saved with force_zeros_for_empty_prompt, as in sampling.
         """
         pipe = self.pipe
-        with torch.set_grad_enabled(grad):
+        with self.encoding(grad):
             first = pipe.text_encoder(self._tokens(pipe.tokenizer, prompts), output_hidden_states=True)
             second = pipe.text_encoder_2(self._tokens(pipe.tokenizer_2, prompts), output_hidden_states=True)
             hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)

@@ -7,7 +7,7 @@
     load(positions)                      CPU work for [(item, epoch), ...]; runs ahead in a thread
     loss(batch)                          -> (scalar loss, metrics); runs inside the model's forward
     validate(folder, step)               pictures, or nothing
-    export(folder, config)               the finished checkpoint, in the formats that other tools load
+    export(folder)                       the finished checkpoint, in the formats that other tools load
     describe(batch)                      names the items of a batch, for the message of a NaN stop
 
 A new task is one more file here and one more line in `TASKS`.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mmalign.jobs import TrainConfig
+from mmalign.models import base
 
 TASKS = {
     "preference": "mmalign.tasks.preference:PreferenceTask",
@@ -31,6 +32,8 @@ TASKS = {
 
 
 def make(config: TrainConfig, device: torch.device) -> Any:
-    """The task of a config, with model and data loaded."""
+    """The task of a config. The model's folder is checked first, then the data are read, then weights load."""
+    if config.task != "reward":
+        base.check(config.model)
     module, _, name = TASKS[config.task].partition(":")
     return getattr(importlib.import_module(module), name)(config, device)

@@ -22,13 +22,13 @@ class AutoencoderTask:
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config = config
+        self.items, dropped = sources.singles(config.data)
+        self.size = len(self.items)
         self.adapter = base.load(config.model, device=device)
         self.vae = self.adapter.vae.requires_grad_(True).train()
         if device.type == "cpu":
             self.vae.to(memory_format=torch.channels_last)
         self.modules = nn.ModuleDict({"vae": self.vae})
-        self.items, dropped = sources.singles(config.data)
-        self.size = len(self.items)
         self.facts: dict[str, Any] = {"data": dropped}
 
     def load(self, positions: list[tuple[int, int]]) -> dict[str, Any]:

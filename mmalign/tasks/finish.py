@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,23 @@ from torch import nn
 from mmalign import export as exporting
 from mmalign.jobs import TrainConfig
 from mmalign.media import write_image
+from mmalign.models import base
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def weight_dtype(config: TrainConfig) -> torch.dtype:
-    """Frozen weights take the run's precision; what is trained stays in float32."""
-    return PRECISIONS[config.precision] if config.lora else torch.float32
+def load(config: TrainConfig, device: torch.device) -> Any:
+    """The adapter, with frozen weights in the run's precision; what is trained, and the VAE, stay in float32."""
+    dtype = PRECISIONS[config.precision] if config.lora else torch.float32
+    return base.load(config.model, device=device, dtype=dtype, vae_dtype=torch.float32)
 
 
 def make_trainable(adapter: Any, config: TrainConfig) -> nn.ModuleDict:
-    """Adds a LoRA to the denoiser, or makes all of it trainable; the VAE stays in float32 either way."""
+    """Adds a LoRA to the denoiser, or makes all of it trainable. ValueError for a LoRA target that is nowhere in it."""
     denoiser = adapter.denoiser
-    adapter.vae.float()
     if config.lora:
         targets = config.lora.targets or adapter.lora_targets
+        _check_targets(denoiser, targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             denoiser.requires_grad_(False)
@@ -41,6 +44,16 @@ def make_trainable(adapter: Any, config: TrainConfig) -> nn.ModuleDict:
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
     return nn.ModuleDict({"denoiser": denoiser})
+
+
+def _check_targets(denoiser: nn.Module, targets: tuple[str, ...]) -> None:
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            known = {".".join(name.split(".")[k:]) for name in names for k in (-1, -2)}
+            near = difflib.get_close_matches(target, sorted(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "to_q, to_k, to_v and to_out.0 are usual"
+            raise ValueError(f"lora.targets: the denoiser has no linear or convolution layer called {target!r}; {hint}")
 
 
 def lora_config(config: TrainConfig, targets: tuple[str, ...]) -> LoraConfig:

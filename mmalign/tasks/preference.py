@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,9 @@ from mmalign.jobs import TrainConfig
 from mmalign.losses import pairwise
 from mmalign.models import base
 from mmalign.models.base import Condition
-from mmalign.models.checkpoint import weight_hash
-from mmalign.paths import find
 from mmalign.progress import track
 from mmalign.tasks import finish, sources
-from mmalign.tasks.inputs import Inputs, View, draw, part_hash
+from mmalign.tasks.inputs import DENOISER, Inputs, View, draw
 
 
 class PreferenceTask:
@@ -31,22 +29,27 @@ class PreferenceTask:
         self.config = config
         self.pairs, summary = sources.pairs(config.data)
         self.size = len(self.pairs)
-        self.adapter = base.load(config.model, device=device, dtype=finish.weight_dtype(config))
+        self.adapter = finish.load(config, device)
         self.inputs = Inputs(self.adapter, config.model, config.data)
         kind = config.reference.kind
         self.reference = ("adapter_off" if config.lora else "frozen") if kind == "auto" else kind
         self.frozen: nn.Module | None = None
-        if not config.lora:
+        if self.reference == "frozen" or not config.lora:
             self.frozen = copy.deepcopy(self.adapter.denoiser).requires_grad_(False).eval()
         self.modules = finish.make_trainable(self.adapter, config)
-        self.weights_key = self._reference_key() if self.reference == "cached" else ""
+        self.weights_key = self._reference_key() if self.reference == "cached" else {}
         if self.reference == "cached" and self.frozen is not None:
             self._measure_all()
             self.frozen = None  # every error is in the cache: the second copy is not needed again
         shape = self.adapter.latent_shape(config.data.resolution, config.data.resolution)
         elements = int(torch.tensor(shape).prod())
         units = pairwise.beta_units(config.loss.beta, elements, config.loss.reduction)
-        self.facts: dict[str, Any] = {"data": summary, "reference": self.reference, "latent_elements": elements, **units}
+        self.facts: dict[str, Any] = {
+            "data": summary,
+            "reference": self.reference,
+            "latent_elements": elements,
+            **units,
+        }
 
     def load(self, positions: list[tuple[int, int]]) -> dict[str, Any]:
         return self._assemble([(i, self._draw_number(epoch)) for i, epoch in positions])
@@ -58,7 +61,14 @@ class PreferenceTask:
     def _assemble(self, numbered: list[tuple[int, int]]) -> dict[str, Any]:
         """Pairs with their numbered draws: pictures fetched, nothing computed on the device yet."""
         data = self.config.data
-        batch: dict[str, Any] = {"numbered": numbered, "winners": [], "losers": [], "prompts": [], "generators": [], "keys": []}
+        batch: dict[str, Any] = {
+            "numbered": numbered,
+            "winners": [],
+            "losers": [],
+            "prompts": [],
+            "generators": [],
+            "keys": [],
+        }
         for index, number in numbered:
             pair = self.pairs[index]
             identity = (pair.winner.hash(), pair.loser.hash(), pair.prompt, number)
@@ -71,7 +81,11 @@ class PreferenceTask:
             batch["generators"].append(generator)
             batch["keys"].append((*identity, batch["winners"][-1].key, batch["losers"][-1].key, batch["prompts"][-1]))
         label = [self.pairs[i].label for i, _ in numbered]
-        return {**batch, "label": torch.tensor(label), "weight": torch.tensor([self.pairs[i].weight for i, _ in numbered])}
+        return {
+            **batch,
+            "label": torch.tensor(label),
+            "weight": torch.tensor([self.pairs[i].weight for i, _ in numbered]),
+        }
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         noisy, t, condition, target = self._inputs(batch)
@@ -100,7 +114,9 @@ class PreferenceTask:
         return pairwise.squared_error(prediction, target, self.config.loss.reduction)
 
     @torch.no_grad()
-    def _reference_errors(self, batch: dict[str, Any], noisy: Tensor, t: Tensor, condition: Condition, target: Tensor) -> Tensor:
+    def _reference_errors(
+        self, batch: dict[str, Any], noisy: Tensor, t: Tensor, condition: Condition, target: Tensor
+    ) -> Tensor:
         """Errors of the reference [2B]: from the cache where every pair is in it, else one pass for the batch."""
         if self.reference != "cached":
             return self._reference_pass(noisy, t, condition, target)
@@ -128,17 +144,12 @@ class PreferenceTask:
         return self.inputs.key(weights=self.weights_key, seed=self.config.seed, pair=list(key),
                                reduction=self.config.loss.reduction, precision=self.config.precision)  # fmt: skip
 
-    def _reference_key(self) -> str:
-        """Identifies the reference's weights: the denoiser, what replaces it, and a LoRA fused into it."""
+    def _reference_key(self) -> dict[str, str]:
+        """Identifies the reference: the denoiser and its schedule; `Inputs.key` has the other parts and the LoRA."""
         model = self.config.model
-        parts = [weight_hash(find(model.path), components=["unet"])]
-        parts += [part_hash(find(folder)) for name, folder in model.components.items() if name == "unet"]
-        if model.lora:
-            files = sorted(model.lora.rglob("*.safetensors")) if model.lora.is_dir() else [model.lora]
-            from mmalign.media import content_hash
-
-            parts += [content_hash(file) for file in files]
-        return "+".join(parts)
+        if "unet" in model.from_scratch:
+            raise ValueError("reference.kind: cached cannot tell fresh weights apart; drop model.from_scratch")
+        return {name: value for name, value in base.fingerprint(model).items() if name in DENOISER}
 
     def _measure_all(self) -> None:
         """Fills the cache with the error of every pair and draw, while the reference is still the model itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mmalign import clip_backbone
 from mmalign.clip_scoring import resize_pad
-from mmalign.jobs import TrainConfig
+from mmalign.jobs import HPS, Data, TrainConfig
 from mmalign.losses import reward as losses
 from mmalign.paths import find
 from mmalign.tasks import sources
@@ -27,7 +28,8 @@ class RewardTask:
         self.config, self.device = config, device
         self.on_pairs = config.loss.kind == "hps"
         self.unit = "pairs" if self.on_pairs else "images"
-        self.items, summary = (sources.pairs if self.on_pairs else sources.singles)(config.data)
+        read: Callable[[Data], tuple[list[Any], str]] = sources.pairs if self.on_pairs else sources.singles
+        self.items, summary = read(config.data)
         self.size = len(self.items)
         folder = find(config.model.path)
         if config.model.from_scratch:
@@ -65,9 +67,11 @@ class RewardTask:
         winner, loser = image.chunk(2)
         label = batch["label"].to(self.device)
         loss, metrics = losses.hps(winner, loser, text, self.clip.logit_scale, label)
-        if self.config.loss.anchor:
+        wanted = self.config.loss
+        assert isinstance(wanted, HPS)
+        if wanted.anchor:
             kept, more = losses.contrastive(winner, text, self.clip.logit_scale)
-            loss, metrics = loss + self.config.loss.anchor * kept, {**metrics, **more}
+            loss, metrics = loss + wanted.anchor * kept, {**metrics, **more}
         return loss, metrics
 
     def validate(self, folder: Path, step: int) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmalign import noise
 from mmalign.jobs import TrainConfig
 from mmalign.losses import supervised
 from mmalign.losses.pairwise import squared_error
-from mmalign.models import base
 from mmalign.tasks import finish, sources
 from mmalign.tasks.inputs import Inputs, View, draw
 
@@ -24,7 +23,7 @@ class SFTTask:
         self.config = config
         self.items, summary = sources.singles(config.data)
         self.size = len(self.items)
-        self.adapter = base.load(config.model, device=device, dtype=finish.weight_dtype(config))
+        self.adapter = finish.load(config, device)
         self.modules = finish.make_trainable(self.adapter, config)
         self.train_text = config.optim.train_text_encoder
         if self.train_text:
