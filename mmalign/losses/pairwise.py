@@ -35,7 +35,8 @@ def diffusion_dpo(
         beta: > 0; per sample when errors are sums, per element when they are means (see `beta_units`).
         kappa: 1/2 in the authors' code; the diffusers SD 1.5 script has 1 with half the beta.
         label: [B] in [0, 1], probability that w is preferred; 1 when None, 0.5 for a tie kept as a soft label.
-        weight: [B] >= 0; the loss is the weighted mean. None is 1.
+        weight: [B] >= 0; the loss is sum(weight * each) / B, so that a weight means the same in every batch, also in
+            one of a single pair, and however a step is cut into micro-batches. None is 1.
         anchor: adds `anchor * mean E(w)`, which keeps the winner's likelihood from falling.
 
     Returns:
@@ -47,10 +48,9 @@ def diffusion_dpo(
     label = torch.ones_like(logit) if label is None else label.float()
     weight = torch.ones_like(logit) if weight is None else weight.float()
     each = -label * F.logsigmoid(logit) - (1 - label) * F.logsigmoid(-logit)
-    total = weight.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    loss = (weight * each).sum() / total
+    loss = (weight * each).mean()
     if anchor:
-        loss = loss + anchor * (weight * model_w).sum() / total
+        loss = loss + anchor * (weight * model_w).mean()
     accuracy = (logit > 0).float() + 0.5 * (logit == 0).float()
     metrics = {
         "implicit_accuracy": accuracy.mean(),
