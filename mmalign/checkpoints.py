@@ -24,15 +24,17 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], state: dict[str, A
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, aside = folder / f"step-{step:08d}", folder / f".writing-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.glob(".writing-*"):  # of a process that was killed here; one process writes at a time
+        shutil.rmtree(left)
     try:
         aside.mkdir()
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in weights.items()}, aside / "weights.safetensors"
         )
-        torch.save(state, aside / "state.pt")
-        for file in aside.iterdir():
-            _flush(file)
+        with open(aside / "state.pt", "wb") as file:  # given a path, torch would hide the reason of a failed write
+            torch.save(state, file)
+        for written in aside.iterdir():
+            _flush(written)
         _flush(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
@@ -54,7 +56,8 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], state: dict[str, A
             ) from error
         raise
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old:08d}")
+        (folder / f"step-{old:08d}").rename(aside)  # a kill during the removal must not leave half a checkpoint
+        shutil.rmtree(aside)
     return final
 
 
