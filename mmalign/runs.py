@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from torch import Tensor
 from mmalign import checkpoints
 from mmalign.config import dump
 from mmalign.jobs import TrainConfig
+from mmalign.source import whole_file
 
 _MAY_CHANGE = {"checkpoint", "validation", "log", "output", "device"}
 
@@ -27,8 +30,11 @@ def versions() -> dict[str, str]:
     """Library versions, the git commit of the working folder if there is one, and the machine."""
     names = ("mmalign", "torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft")
     found = {name: version(name) for name in names}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    commit = git.stdout.strip() if git.returncode == 0 else "none"
+    commit = "none"
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        commit = git.stdout.strip() if git.returncode == 0 else "none"
     return {**found, "python": platform.python_version(), "git": commit, "machine": platform.machine()}
 
 
@@ -45,9 +51,13 @@ def prepare_folder(config: TrainConfig, resume: bool) -> None:
             "or choose another folder with --set output=..."
         )
     if last:
-        before = json.loads(checkpoints.read(last)[1]["config"])
-        now = json.loads(config.model_dump_json())
-        changed = [key for key in now if now[key] != before.get(key) and key not in _MAY_CHANGE]
+        before = flat(json.loads(checkpoints.read(last)[1]["config"]))
+        now = flat(json.loads(config.model_dump_json()))
+        changed = [
+            f"{key} (then {before.get(key)}, now {now.get(key)})"
+            for key in sorted({*now, *before})
+            if now.get(key) != before.get(key) and key.split(".")[0] not in _MAY_CHANGE
+        ]
         if changed:
             raise ValueError(
                 f"{config.output} was begun with other values of: {', '.join(changed)}. Resume with the same config "
@@ -57,9 +67,49 @@ def prepare_folder(config: TrainConfig, resume: bool) -> None:
     (config.output / "config.yaml").write_text(dump(config))
 
 
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones: {"optim": {"lr": 1}} to {"optim.lr": 1}."""
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return items
+
+
+def pick_device(name: str, precision: str = "float32") -> torch.device:
+    """The device of a config: `auto` is cuda when present, else cpu.
+
+    Raises:
+        ValueError: there is no such device here, or half precision is asked for on a CPU.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"device: {name!r} is no device; write auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} is not here ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
+    if device.type == "cpu" and precision in ("fp16", "float16"):
+        raise ValueError(
+            f"{precision} needs a GPU; on a CPU use {'bf16 or fp32' if precision == 'fp16' else 'float32'}"
+        )
+    return device
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """ValueError for a tracker that is not installed; accelerate would leave it out without a word."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"log.trackers: {name} is not installed; install it with `pip install {name}`, or drop it")
+
+
 def write_facts(config: TrainConfig, task: Any, parameters: int) -> None:
     """run.json: versions, data summary, number of trained parameters, what the task adds; the summary is printed."""
-    facts = {"versions": versions(), "seed": config.seed, "items": task.size, "trained_parameters": parameters, **task.facts}
+    facts = {
+        "versions": versions(),
+        "seed": config.seed,
+        "items": task.size,
+        "trained_parameters": parameters,
+        **task.facts,
+    }
     (config.output / "run.json").write_text(json.dumps(facts, indent=2, default=str))
     print(f"{config.task}: {task.facts.get('data', '')}; training {parameters:,} parameters", file=sys.stderr)
 
@@ -80,7 +130,8 @@ class MetricsLog:
         if accelerator.is_main_process:
             path = folder / "metrics.jsonl"
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
-            path.write_text("".join(kept))
+            with whole_file(path) as temporary:  # a kill here must not lose the records so far
+                temporary.write_text("".join(kept))
             self.file = path.open("a")
         self.last_step = step
 
@@ -88,7 +139,10 @@ class MetricsLog:
         """Averages over processes and writes one record."""
         values = {name: value.detach().float().reshape(()) for name, value in sums.items()}
         if self.accelerator.num_processes > 1:
-            values = {name: self.accelerator.reduce(value.to(self.accelerator.device), "mean") for name, value in values.items()}
+            values = {
+                name: self.accelerator.reduce(value.to(self.accelerator.device), "mean")
+                for name, value in values.items()
+            }
         optim, steps = loop.config.optim, loop.step - self.last_step
         items = optim.batch_size * optim.accumulate * self.accelerator.num_processes
         self.last_step = loop.step

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -44,11 +45,11 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
         OSError: the disk is full; the last checkpoint stays intact.
         KeyboardInterrupt: after Ctrl-C, once the current step is saved.
     """
+    device = runs.pick_device(config.device, config.precision)
+    runs.check_trackers(config.log.trackers)
     runs.prepare_folder(config, resume)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    precision = {"fp32": "no"}.get(config.precision, config.precision)
-    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", log_with=list(config.log.trackers),
-                              project_dir=config.output)  # fmt: skip
+    accelerator = _accelerator(config, device)
+    torch.manual_seed(config.seed)  # for parts that are made from scratch
     task = tasks.make(config, accelerator.device)
     loop = Loop(config, task, accelerator)
     if accelerator.is_main_process:
@@ -63,6 +64,18 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
     return config.output
 
 
+def _accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
+    """Accelerate keeps device and precision for the whole process; a second run in it may want others."""
+    precision = "no" if config.precision == "fp32" else config.precision
+    state, cpu = AcceleratorState._shared_state, device.type == "cpu"
+    if state and (state["_mixed_precision"], state["_cpu"]) != (precision, cpu):
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    trackers = list(config.log.trackers) or None
+    return Accelerator(mixed_precision=precision, cpu=cpu, log_with=trackers, project_dir=config.output)
+
+
 class Loop:
     """State of one run: modules, optimiser, schedule, EMA, step."""
 
@@ -74,7 +87,10 @@ class Loop:
         assert self.named, "nothing to train"
         optimizer = _optimizer(config.optim, list(self.named.values()))
         self.schedule = get_scheduler(
-            config.optim.schedule, optimizer, num_warmup_steps=config.optim.warmup, num_training_steps=config.optim.steps
+            config.optim.schedule,
+            optimizer,
+            num_warmup_steps=config.optim.warmup,
+            num_training_steps=config.optim.steps,
         )
         self.wrapped, self.optimizer = accelerator.prepare(self.module, optimizer)
         self.ema = EMAModel(self.named.values(), decay=config.ema.decay) if config.ema else None
@@ -119,7 +135,7 @@ class Loop:
                     sums[name] = sums.get(name, 0) + value / config.optim.accumulate
                 if micro + 1 < config.optim.accumulate:
                     continue
-                sums["grad_norm"] = self._update()
+                sums["grad_norm"] = self._update(batch)
                 self.step += 1
                 if self.step % config.log.every == 0 or self.step == config.optim.steps:
                     seconds, started = time.perf_counter() - started, time.perf_counter()
@@ -133,7 +149,9 @@ class Loop:
 
     def _micro_step(self, micro: int, batch: dict[str, Any]) -> dict[str, Tensor]:
         optim = self.config.optim
-        torch.manual_seed(noise.generator("step", self.config.seed, self.step, micro, self.accelerator.process_index).initial_seed())
+        torch.manual_seed(
+            noise.generator("step", self.config.seed, self.step, micro, self.accelerator.process_index).initial_seed()
+        )
         last = micro + 1 == optim.accumulate
         with self.accelerator.autocast():
             if last:
@@ -142,24 +160,30 @@ class Loop:
                 with self.accelerator.no_sync(self.wrapped):
                     loss, metrics = self.wrapped(batch)
         if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {self.step + 1}, so the run stops here; the batch held: "
-                f"{self.task.describe(batch)}. Lower optim.lr or loss.beta, or use precision: fp32. "
-                "Checkpoints before this step are intact."
-            )
+            raise self._not_finite("loss", loss, batch)
         self.accelerator.backward(loss / optim.accumulate)
         return {"loss": loss.detach(), **metrics}
 
-    def _update(self) -> Tensor:
+    def _not_finite(self, what: str, value: Tensor, batch: dict[str, Any]) -> ValueError:
+        return ValueError(
+            f"the {what} is {value.item()} at step {self.step + 1}, so the run stops here; the batch held: "
+            f"{self.task.describe(batch)}. Lower optim.lr or loss.beta, or use precision: fp32. "
+            "Checkpoints before this step are intact."
+        )
+
+    def _update(self, batch: dict[str, Any]) -> Tensor:
+        """One optimiser step; the norm of the gradient before clipping. `batch` is named if that is not finite."""
         parameters = list(self.named.values())
         limit = self.config.optim.max_grad_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit))
+        if not torch.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such a step by itself
+            raise self._not_finite("gradient norm", norm, batch)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.step(parameters)
-        return norm if isinstance(norm, Tensor) else torch.tensor(float(norm))
+        return norm
 
     def _housekeeping(self, interrupted: bool) -> None:
         config, final = self.config, self.step == self.config.optim.steps
@@ -172,6 +196,12 @@ class Loop:
         """A checkpoint of this step."""
         if not self.accelerator.is_main_process or self.saved == self.step:
             return
+        broken = [name for name, parameter in self.named.items() if not torch.isfinite(parameter).all()]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} tensors hold values that are not finite after step {self.step}, first {broken[0]}, so "
+                "no checkpoint was written and the run stops here. Lower optim.lr; earlier checkpoints are intact."
+            )
         state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
@@ -200,6 +230,7 @@ class Loop:
         self.schedule.load_state_dict(state["schedule"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = self.saved = state["step"]
