@@ -1,7 +1,8 @@
-"""Batch generation: prompts in, pictures and a media table out. Each picture has its own seed, so batches do not matter."""
+"""Batch generation: prompts in, pictures and a media table out. Each picture has its own seed, whatever its batch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.paths import find
 from mmalign.progress import Progress
-from mmalign.records import missing_columns, read_records
-from mmalign.runs import versions
+from mmalign.records import Record, missing_columns, read_records
+from mmalign.runs import pick_device, versions
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,15 +56,33 @@ def _prompts(path: Path) -> list[tuple[str, int | None]]:
     if path.suffix == ".txt":
         if not path.is_file():
             raise ValueError(f"{path} does not exist; check the path of `prompts`")
-        rows: list[tuple[str, int | None]] = [(line.strip(), None) for line in path.read_text().splitlines() if line.strip()]
+        rows: list[tuple[str, int | None]] = [
+            (line.strip(), None) for line in path.read_text().splitlines() if line.strip()
+        ]
     else:
         records = read_records(path)
         if "prompt" not in records.columns:
             raise ValueError(missing_columns(path, ["prompt"], records.columns, "a table of prompts"))
-        rows = [(str(record.values["prompt"]), record.values.get("seed")) for record in records]
+        rows = [(_prompt(record), _seed(record)) for record in records]
     if not rows:
         raise ValueError(f"{path} holds no prompts; write one per line")
     return rows
+
+
+def _prompt(record: Record) -> str:
+    prompt = record.values["prompt"]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{record.origin}: the prompt is {prompt!r}; give text, or remove the row")
+    return prompt
+
+
+def _seed(record: Record) -> int | None:
+    seed = record.values.get("seed")
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int | float) or seed != int(seed):
+        raise ValueError(f"{record.origin}: the seed is {seed!r}; give a whole number, or none")
+    return int(seed)
 
 
 def run(config: SampleConfig) -> Path:
@@ -76,10 +95,12 @@ def run(config: SampleConfig) -> Path:
     """
     wanted = requests(config)
     folder = config.output
+    device = pick_device(config.device, config.dtype)
+    _check_sides(config)
+    base.check(config.model)  # before anything is written: a mistyped path leaves no folder behind
     _check_same(config)
     missing = [request for request in wanted if not _place(folder, request).is_file()]
     if missing:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
         adapter = base.load(config.model, device=device, dtype=_DTYPES[config.dtype])
         pipe = _with_scheduler(adapter.pipeline(), config.scheduler)
         with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
@@ -98,7 +119,9 @@ def run(config: SampleConfig) -> Path:
     return folder / "table.jsonl"
 
 
-def generate(pipe: Any, wanted: list[Request], config: SampleConfig) -> Iterator[tuple[list[Request], list[np.ndarray]]]:
+def generate(
+    pipe: Any, wanted: list[Request], config: SampleConfig
+) -> Iterator[tuple[list[Request], list[np.ndarray]]]:
     """Batches of requests with their pictures, uint8 [H, W, 3]; one CPU generator per picture."""
     for start in range(0, len(wanted), config.batch_size):
         part = wanted[start : start + config.batch_size]
@@ -110,6 +133,11 @@ def generate(pipe: Any, wanted: list[Request], config: SampleConfig) -> Iterator
                 height=config.height, width=config.width, output_type="np",
                 generator=[torch.Generator().manual_seed(request.seed) for request in part],
             ).images  # fmt: skip
+        if not np.isfinite(images).all():
+            raise ValueError(
+                f"the model drew values that are not finite with dtype {config.dtype}, in a batch that begins with "
+                f"{part[0].prompt!r}; use dtype: float32 or bfloat16, or check the weights"
+            )
         yield part, list((images * 255).round().astype(np.uint8))
 
 
@@ -117,11 +145,19 @@ def _place(folder: Path, request: Request) -> Path:
     return folder / "images" / f"{request.sample}.png"
 
 
+def _check_sides(config: SampleConfig) -> None:
+    for name, side in (("height", config.height), ("width", config.width)):
+        if side is not None and side % 8:
+            raise ValueError(f"{name}: {side} is not a multiple of 8; use {max(8, round(side / 8) * 8)}")
+
+
 def _check_same(config: SampleConfig) -> None:
-    """Writes config.yaml, or refuses a folder that another config filled."""
+    """Writes config.yaml, or refuses a folder that another config filled. Files count by content, not by path."""
     folder, ignored = config.output, {"batch_size", "device", "output", "limit"}
     path = folder / "run.json"
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
+    now["prompts"] = hashlib.sha256(json.dumps(_prompts(find(config.prompts))).encode()).hexdigest()
+    now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch)}
     if path.is_file():
         before = json.loads(path.read_text())["config"]
         changed = sorted(key for key in now if now[key] != before.get(key))
@@ -139,6 +175,6 @@ def _with_scheduler(pipe: Any, name: str) -> Any:
     if name != "own":
         import diffusers
 
-        kind = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}[name]
-        pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
+        names = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}
+        pipe.scheduler = getattr(diffusers, names[name]).from_config(pipe.scheduler.config)
     return pipe
