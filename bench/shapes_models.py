@@ -39,7 +39,12 @@ def generator(folder: Path, count: int, seed: int, guidance_scale: float, steps:
     """Fidelity of pictures for held-out captions, in all and by number of shapes."""
     wanted = captions(count, seed, held_out=True)
     config = SampleConfig(
-        model=Model(path=folder), prompts=Path("-"), output=Path("-"), steps=steps, guidance_scale=guidance_scale, batch_size=32
+        model=Model(path=folder),
+        prompts=Path("-"),
+        output=Path("-"),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=32,
     )
     pipe = base.load(config.model).pipeline()
     made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]

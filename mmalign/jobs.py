@@ -28,10 +28,18 @@ class DiffusionDPO(Strict):
     function: ClassVar[str] = "mmalign.losses.pairwise:diffusion_dpo"
     parameterisations: ClassVar[tuple[str, ...]] = ("eps", "v")
     kind: Literal["diffusion_dpo"] = "diffusion_dpo"
-    beta: PositiveFloat = Field(2000.0, description="strength of the pull to the reference; 2000 SD1.5, 5000 SDXL with reduction mean")
-    reduction: Literal["mean", "sum"] = Field("mean", description="how a sample's squared error is reduced; beta is not portable between the two")
-    kappa: PositiveFloat = Field(0.5, description="factor in the logit; 0.5 in the paper's code, 1 in the diffusers SD1.5 script")
-    anchor: float = Field(0.0, ge=0, description="weight of the policy's own error on the winner, added to the loss; 0 is plain DPO")
+    beta: PositiveFloat = Field(
+        2000.0, description="strength of the pull to the reference; 2000 SD1.5, 5000 SDXL with reduction mean"
+    )
+    reduction: Literal["mean", "sum"] = Field(
+        "mean", description="how a sample's squared error is reduced; beta is not portable between the two"
+    )
+    kappa: PositiveFloat = Field(
+        0.5, description="factor in the logit; 0.5 in the paper's code, 1 in the diffusers SD1.5 script"
+    )
+    anchor: float = Field(
+        0.0, ge=0, description="weight of the policy's own error on the winner, added to the loss; 0 is plain DPO"
+    )
 
 
 class Denoising(Strict):
@@ -41,7 +49,9 @@ class Denoising(Strict):
     function: ClassVar[str] = "mmalign.losses.supervised:denoising"
     parameterisations: ClassVar[tuple[str, ...]] = ("eps", "v")
     kind: Literal["denoising"] = "denoising"
-    snr_gamma: PositiveFloat | None = Field(None, description="min-SNR weighting (2303.09556); 5 is usual, null is uniform")
+    snr_gamma: PositiveFloat | None = Field(
+        None, description="min-SNR weighting (2303.09556); 5 is usual, null is uniform"
+    )
 
 
 class Reconstruction(Strict):
@@ -72,7 +82,9 @@ class HPS(Strict):
     function: ClassVar[str] = "mmalign.losses.reward:hps"
     parameterisations: ClassVar[tuple[str, ...]] = ("none",)
     kind: Literal["hps"] = "hps"
-    anchor: float = Field(0.0, ge=0, description="weight of the contrastive loss on the same batch, which keeps text alignment")
+    anchor: float = Field(
+        0.0, ge=0, description="weight of the contrastive loss on the same batch, which keeps text alignment"
+    )
 
 
 LOSSES = (DiffusionDPO, Denoising, Reconstruction, Contrastive, HPS)
@@ -87,7 +99,9 @@ class Model(Strict):
     family: Literal["auto", "sd", "sdxl", "open_clip"] = Field("auto", description="auto reads model_index.json")
     lora: Path | None = Field(None, description="folder or file with LoRA weights to load on top")
     components: dict[str, Path] = Field({}, description="replace single parts, e.g. {vae: path/to/vae}")
-    from_scratch: tuple[str, ...] = Field((), description="parts to initialise at random from their config.json, e.g. [unet, vae]")
+    from_scratch: tuple[str, ...] = Field(
+        (), description="parts to initialise at random from their config.json, e.g. [unet, vae]"
+    )
 
 
 class Shapes(Strict):
@@ -96,14 +110,18 @@ class Shapes(Strict):
     scenes: PositiveInt = Field(20000, description="how many different scenes")
     seed: int = 1
     held_out: bool = Field(False, description="captions from the held-out tenth of the grammar")
-    counts: tuple[float, ...] = Field((0.6, 0.3, 0.1), min_length=1, max_length=3, description="share of one, two and three shapes")
+    counts: tuple[float, ...] = Field(
+        (0.6, 0.3, 0.1), min_length=1, max_length=3, description="share of one, two and three shapes"
+    )
     annotator: str = Field("faithful", description="who judges the pairs, for tasks that need pairs")
 
 
 class Data(Strict):
     """What to train on, and how a picture becomes a tensor."""
 
-    table: Path | None = Field(None, description="preference table (task: preference, reward) or media table (task: sft)")
+    table: Path | None = Field(
+        None, description="preference table (task: preference, reward) or media table (task: sft)"
+    )
     format: str = Field("auto", description="see `mmalign list formats`")
     root: Path | None = Field(None, description="folder that relative media paths start from; default: the table's own")
     shapes: Shapes | None = Field(None, description="scenes of the shapes world instead of a table")
@@ -118,7 +136,9 @@ class Data(Strict):
     flip: Probability = Field(0.0, description="probability of a horizontal flip, one for the whole pair")
     caption_dropout: Probability = Field(0.0, description="probability of an empty caption, one for the whole pair")
     cache: Literal["off", "memory", "disk"] = Field("disk", description="where latents and prompt embeddings are kept")
-    cache_dir: Path | None = Field(None, description="folder of the disk cache; default: $MMALIGN_CACHE or the user's cache")
+    cache_dir: Path | None = Field(
+        None, description="folder of the disk cache; default: $MMALIGN_CACHE or the user's cache"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -150,7 +170,9 @@ class Lora(Strict):
     rank: PositiveInt = 8
     alpha: PositiveFloat | None = Field(None, description="scale is alpha / rank; default: alpha = rank")
     dropout: Probability = 0.0
-    targets: tuple[str, ...] | None = Field(None, description="module names; default: the family's attention projections")
+    targets: tuple[str, ...] | None = Field(
+        None, description="module names; default: the family's attention projections"
+    )
 
 
 class Optim(Strict):
@@ -236,7 +258,9 @@ class SampleConfig(Strict):
     """`mmalign sample FILE`: generate pictures for a table of prompts."""
 
     model: Model
-    prompts: Path = Field(description="text file (a prompt per line), or a JSONL/parquet table with `prompt` and perhaps `seed`")
+    prompts: Path = Field(
+        description="text file (a prompt per line), or a JSONL/parquet table with `prompt` and perhaps `seed`"
+    )
     output: Path = Field(description="folder: images/ and table.jsonl")
     per_prompt: PositiveInt = Field(1, description="pictures for each prompt, with consecutive seeds")
     seed: int = Field(0, description="first seed, for prompts that bring none")
@@ -245,7 +269,9 @@ class SampleConfig(Strict):
     negative_prompt: str = ""
     height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     width: PositiveInt | None = None
-    scheduler: Literal["own", "ddim", "dpm++", "euler"] = Field("own", description="own: the one in the checkpoint folder")
+    scheduler: Literal["own", "ddim", "dpm++", "euler"] = Field(
+        "own", description="own: the one in the checkpoint folder"
+    )
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"

@@ -120,7 +120,13 @@ def _sample(output: Path, prompts: Path, per_prompt: int, lora: Path | None = No
 
 
 def _train(output: Path, preferences: Path, seed: int, steps: int) -> Path:
-    overrides = [f"output={output}", f"data.table={preferences}", "data.shapes=null", f"seed={seed}", f"optim.steps={steps}"]
+    overrides = [
+        f"output={output}",
+        f"data.table={preferences}",
+        "data.shapes=null",
+        f"seed={seed}",
+        f"optim.steps={steps}",
+    ]
     return train.run(load(TrainConfig, find("configs/shapes/dpo.yaml"), overrides), resume=True)
 
 
@@ -149,7 +155,8 @@ def _summary(comparison: comparing.Comparison, counts: dict[str, int], seed: int
 def _sentence(summary: dict[str, Any]) -> str:
     low, high = summary["win_rate_ci95"]
     return (
-        f"aligned beats base in {summary['win_rate']:.1%} of {summary['n']} pairs (95 % interval {low:.1%} to {high:.1%}); "
+        f"aligned beats base in {summary['win_rate']:.1%} of {summary['n']} pairs "
+        f"(95 % interval {low:.1%} to {high:.1%}); "
         f"right shapes and colours: {summary['fidelity_base']:.1%} before, {summary['fidelity_aligned']:.1%} after; "
         f"{summary['seconds']:.0f} s"
     )

@@ -21,7 +21,9 @@ def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tenso
     return loss, {"retrieval_accuracy": accuracy.detach()}
 
 
-def hps(image_w: Tensor, image_l: Tensor, text: Tensor, logit_scale: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def hps(
+    image_w: Tensor, image_l: Tensor, text: Tensor, logit_scale: Tensor, label: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """HPS v2's preference loss: softmax over the two images of a prompt, soft labels (2306.09341, equation 3).
 
     Args:

@@ -1,4 +1,4 @@
-"""Writes the shapes models' configuration folders, without weights: `python -m mmalign.shapes.blueprint configs/shapes`.
+"""Writes the shapes models' configuration folders, no weights: `python -m mmalign.shapes.blueprint configs/shapes`.
 
 The tokenizer is a real CLIP byte-pair tokenizer whose merges make every word of the grammar one token; any other
 text falls back to letters.
@@ -20,7 +20,11 @@ TOKENS = 24  # longest prompt, with begin and end
 
 def byte_letters() -> list[str]:
     """The 256 printable stand-ins for bytes that CLIP's byte-level BPE starts from."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("\xa1"), ord("\xac") + 1),
+        *range(ord("\xae"), ord("\xff") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
@@ -43,7 +47,7 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
             parts[:2] = ["".join(pair)]
             merges.append(pair)
             tokens.append(parts[0])
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
 
 
@@ -78,7 +82,8 @@ def write_sd(folder: Path) -> None:
     ).save_config(folder / "unet")  # fmt: skip
     AutoencoderKL(
         latent_channels=8, block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64,
-        mid_block_add_attention=False, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        mid_block_add_attention=False, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
     ).save_config(folder / "vae")  # fmt: skip
     DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,

@@ -1,9 +1,9 @@
 """Captions of the shapes world: a small grammar that can be sampled, written and parsed back.
 
-    a red circle
-    a small red circle on the left on a white background
-    a red circle above a large blue square
-    a red circle, a blue square and a green triangle on a grey background
+- a red circle
+- a small red circle on the left on a white background
+- a red circle above a large blue square
+- a red circle, a blue square and a green triangle on a grey background
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def parse_caption(text: str) -> Caption:
     """Reads a caption of the grammar. Raises ValueError for any other text."""
     match = _CAPTION.fullmatch(" ".join(text.lower().split()).rstrip("."))
     if match is None:
-        raise ValueError(f"not a caption of the shapes world: {text!r}. Write it like 'a small red circle on the left'.")
+        raise ValueError(
+            f"not a caption of the shapes world: {text!r}. Write it like 'a small red circle on the left'."
+        )
     named = match["items"]
     items = tuple(Item(m["kind"], m["colour"], m["size"]) for m in re.finditer(_ITEM, named))
     relation = re.search(rf" ({'|'.join(RELATIONS)}) a ", named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -56,7 +57,8 @@ def _spoil(scene: Scene, rng: np.random.Generator) -> Scene:
         del shapes[index]
     else:
         choices = [word for word in (KINDS if how == "kind" else COLOURS) if word != getattr(shapes[index], str(how))]
-        shapes[index] = replace(shapes[index], **{str(how): str(rng.choice(choices))})
+        changed: dict[str, Any] = {str(how): str(rng.choice(choices))}
+        shapes[index] = replace(shapes[index], **changed)
     return Scene(tuple(shapes), scene.background)
 
 
@@ -98,7 +100,7 @@ def judged_pairs(count: int, seed: int, annotator: str, *, held_out: bool = Fals
         )
         verdict = judge.judge(rng, judge.utility(caption, a.image()), judge.utility(caption, b.image()))
         winner, loser = (b, a) if verdict == "B" else (a, b)
-        pairs.append(JudgedPair(str(caption), winner, loser, 0.5 if verdict == "same" else 1.0, 1.0, f"shapes {seed}/{i}"))
+        pairs.append(
+            JudgedPair(str(caption), winner, loser, 0.5 if verdict == "same" else 1.0, 1.0, f"shapes {seed}/{i}")
+        )
     return pairs
-
-

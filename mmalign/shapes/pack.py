@@ -1,4 +1,4 @@
-"""Stores a trained shapes pipeline in half precision: `python -m mmalign.shapes.pack runs/shapes-sd/export assets/shapes-sd`."""
+"""Stores a shapes pipeline in half precision: `python -m mmalign.shapes.pack runs/shapes-sd/export assets/shapes-sd`"""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from diffusers import StableDiffusionPipeline
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    pipe = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float16, local_files_only=True, use_safetensors=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        source, dtype=torch.float16, local_files_only=True, use_safetensors=True
+    )
     pipe.save_pretrained(target)
     size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
     print(f"{target}: {size / 1e6:.1f} MB of safetensors")

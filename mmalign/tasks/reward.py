@@ -32,6 +32,7 @@ class RewardTask:
         self.items, summary = read(config.data)
         self.size = len(self.items)
         folder = find(config.model.path)
+        self.clip: Any  # open_clip's own class, which has no types
         if config.model.from_scratch:
             torch.manual_seed(config.seed)
             self.clip, self.tokenizer, self.preprocess = clip_backbone.build_clip(folder)
