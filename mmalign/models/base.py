@@ -9,7 +9,7 @@ A family differs from the others here and nowhere else. An adapter is a plain cl
     latent_shape(height, width)      -> (C, h, w)
     encode_prompt(prompts, grad)     -> Condition: dict of tensors, first dim B
     add_size(condition, sizes)       -> the condition with what the family needs to know of picture sizes and crops
-    encode_media(pixels)             [B, 3, H, W] in [-1, 1] -> moments [B, 2, C, h, w]: scaled mean, std of the posterior
+    encode_media(pixels)             [B, 3, H, W] in [-1, 1] -> [B, 2, C, h, w]: scaled mean and std of the posterior
     decode(latents)                  -> pixels [B, 3, H, W] in [-1, 1]
     noisy, target, predict, step     the process; see `StableDiffusion`
     pipeline()                       the diffusers pipeline that shares these modules
@@ -78,7 +78,8 @@ def check(config: Model) -> Path:
             raise ValueError(f"model.from_scratch: {name} is made from {folder / 'config.json'}, which does not exist")
     for name in config.components.keys() - set(config.from_scratch):
         folder = find(config.components[name])
-        faults = checkpoint_faults(folder, *index[name], None) if folder.is_dir() else ["the folder does not exist."]
+        library, kind = index[name]
+        faults = checkpoint_faults(folder, library, kind, None) if folder.is_dir() else ["the folder does not exist."]
         if faults:
             raise ValueError(f"model.components.{name}: {folder} cannot be used: {' '.join(faults)}")
     if config.lora:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmalign.jobs import TrainConfig
+from mmalign.jobs import Reconstruction, TrainConfig
 from mmalign.losses import supervised
 from mmalign.media import write_image
 from mmalign.models import base
@@ -21,7 +21,8 @@ class AutoencoderTask:
     unit = "images"
 
     def __init__(self, config: TrainConfig, device: torch.device):
-        self.config = config
+        assert isinstance(config.loss, Reconstruction)
+        self.config, self.objective = config, config.loss
         self.items, dropped = sources.singles(config.data)
         self.size = len(self.items)
         self.adapter = base.load(config.model, device=device)
@@ -41,7 +42,7 @@ class AutoencoderTask:
         return {"pixels": torch.stack(pixels), "generators": generators, "items": [i for i, _ in positions]}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.config.loss
+        loss = self.objective
         pixels = batch["pixels"].to(self.adapter.device)
         posterior = self.vae.encode(pixels).latent_dist
         unit = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in batch["generators"]])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.jobs import TrainConfig
+from mmalign.jobs import DiffusionDPO, TrainConfig
 from mmalign.losses import pairwise
 from mmalign.models import base
 from mmalign.models.base import Condition
@@ -26,7 +26,8 @@ class PreferenceTask:
     unit = "pairs"
 
     def __init__(self, config: TrainConfig, device: torch.device):
-        self.config = config
+        assert isinstance(config.loss, DiffusionDPO)
+        self.config, self.objective = config, config.loss
         self.pairs, summary = sources.pairs(config.data)
         self.size = len(self.pairs)
         self.adapter = finish.load(config, device)
@@ -43,7 +44,7 @@ class PreferenceTask:
             self.frozen = None  # every error is in the cache: the second copy is not needed again
         shape = self.adapter.latent_shape(config.data.resolution, config.data.resolution)
         elements = int(torch.tensor(shape).prod())
-        units = pairwise.beta_units(config.loss.beta, elements, config.loss.reduction)
+        units = pairwise.beta_units(self.objective.beta, elements, self.objective.reduction)
         self.facts: dict[str, Any] = {
             "data": summary,
             "reference": self.reference,
@@ -91,7 +92,7 @@ class PreferenceTask:
         noisy, t, condition, target = self._inputs(batch)
         model = self._errors(self.adapter.predict(noisy, t, condition), target)
         reference = self._reference_errors(batch, noisy, t, condition, target)
-        loss = self.config.loss
+        loss = self.objective
         return pairwise.diffusion_dpo(
             *model.chunk(2), *reference.to(model.device).chunk(2), beta=loss.beta, kappa=loss.kappa, anchor=loss.anchor,
             label=batch["label"].to(model.device), weight=batch["weight"].to(model.device),
@@ -111,7 +112,7 @@ class PreferenceTask:
         return adapter.noisy(latents, t, unit), t, condition, adapter.target(latents, t, unit)
 
     def _errors(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return pairwise.squared_error(prediction, target, self.config.loss.reduction)
+        return pairwise.squared_error(prediction, target, self.objective.reduction)
 
     @torch.no_grad()
     def _reference_errors(
@@ -142,7 +143,7 @@ class PreferenceTask:
 
     def _error_key(self, key: tuple[Any, ...]) -> str:
         return self.inputs.key(weights=self.weights_key, seed=self.config.seed, pair=list(key),
-                               reduction=self.config.loss.reduction, precision=self.config.precision)  # fmt: skip
+                               reduction=self.objective.reduction, precision=self.config.precision)  # fmt: skip
 
     def _reference_key(self) -> dict[str, str]:
         """Identifies the reference: the denoiser and its schedule; `Inputs.key` has the other parts and the LoRA."""

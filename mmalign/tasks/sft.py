@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmalign import noise
-from mmalign.jobs import TrainConfig
+from mmalign.jobs import Denoising, TrainConfig
 from mmalign.losses import supervised
 from mmalign.losses.pairwise import squared_error
 from mmalign.tasks import finish, sources
@@ -20,7 +20,8 @@ class SFTTask:
     unit = "images"
 
     def __init__(self, config: TrainConfig, device: torch.device):
-        self.config = config
+        assert isinstance(config.loss, Denoising)
+        self.config, self.objective = config, config.loss
         self.items, summary = sources.singles(config.data)
         self.size = len(self.items)
         self.adapter = finish.load(config, device)
@@ -52,7 +53,7 @@ class SFTTask:
         condition = adapter.add_size(condition, torch.stack([item.sizes for item in batch["fetched"]]))
         prediction = adapter.predict(adapter.noisy(latents, t, unit), t, condition)
         error = squared_error(prediction, adapter.target(latents, t, unit))
-        gamma = self.config.loss.snr_gamma
+        gamma = self.objective.snr_gamma
         return supervised.denoising(
             error, snr=noise.snr(t, adapter.alphas_cumprod), snr_gamma=gamma, parameterisation=adapter.parameterisation
         )
