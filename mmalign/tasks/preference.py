@@ -156,11 +156,12 @@ class PreferenceTask:
         """Fills the cache with the error of every pair and draw, while the reference is still the model itself."""
         size, draws = self.config.optim.batch_size, self.config.reference.draws or 1
         numbered = [(i, k) for k in range(draws) for i in range(self.size)]
-        starts = range(0, len(numbered), size)
+        starts, dtype = range(0, len(numbered), size), finish.PRECISIONS[self.config.precision]
         for start in track(starts, "reference errors", len(starts)):
             batch = self._assemble(numbered[start : start + size])
             if any(self._stored(key) is None for key in batch["keys"]):
-                with torch.no_grad():
+                # As in the loop, or a fresh policy in half precision would differ from its own reference.
+                with torch.no_grad(), torch.autocast(self.adapter.device.type, dtype, enabled=dtype != torch.float32):
                     self._reference_errors(batch, *self._inputs(batch))
 
     def validate(self, folder: Path, step: int) -> None:
