@@ -47,6 +47,7 @@ class Recipe:
     def __init__(self, pipe: Any, rows: list[Row], batch_size: int, low: bool, device: torch.device):
         self.unet, self.vae, self.text, self.tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
         self.process = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.beta = BETA
         self.rows, self.batch_size, self.low, self.device = rows, batch_size, low, device
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LR, weight_decay=0.01)
@@ -84,7 +85,7 @@ class Recipe:
         self.unet.enable_adapters()
         ours, theirs = ((prediction.float() - eps).pow(2).mean((1, 2, 3)) for prediction in (policy, reference))
         difference = (ours[:half] - ours[half:]) - (theirs[:half] - theirs[half:])
-        return -F.logsigmoid(-KAPPA * BETA * difference).mean()
+        return -F.logsigmoid(-KAPPA * self.beta * difference).mean()
 
     def step(self, batch: tuple[Tensor, Tensor]) -> None:
         loss = self.loss(*batch)
