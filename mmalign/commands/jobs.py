@@ -76,7 +76,7 @@ def sample(config: Config, overrides: Overrides = None) -> None:
 
         mmalign sample configs/shapes/sample.yaml
 
-        mmalign sample configs/shapes/sample.yaml --set lora=runs/dpo/export --set output=runs/aligned
+        mmalign sample configs/shapes/sample.yaml --set model.lora=runs/shapes-dpo/export --set output=runs/aligned
     """
     settings = load_job(config, overrides, Job.sample)
     from mmalign.sample import run
@@ -101,9 +101,9 @@ def score(
 
     [bold]Examples[/bold]
 
-        mmalign score configs/shapes/score.yaml --set table=runs/aligned/samples.jsonl
+        mmalign score configs/shapes/score.yaml --set table=runs/aligned/table.jsonl
 
-        mmalign score runs/base/samples.jsonl --evaluator shapes_truth --output runs/base/scores
+        mmalign score runs/base/table.jsonl --evaluator shapes_truth --output runs/base/scores
 
         mmalign score t.jsonl -e hps -o out --set evaluators.0.params.version=v2.1
     """
