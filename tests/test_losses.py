@@ -26,7 +26,9 @@ def _log_sigmoid(x: np.ndarray) -> np.ndarray:
     return -np.logaddexp(0, -x)
 
 
-def _dpo(errors: list[Tensor], beta: float, kappa: float, label: np.ndarray, weight: np.ndarray, anchor: float) -> float:
+def _dpo(
+    errors: list[Tensor], beta: float, kappa: float, label: np.ndarray, weight: np.ndarray, anchor: float
+) -> float:
     model_w, model_l, ref_w, ref_l = (error.detach().double().numpy() for error in errors)
     logit = -kappa * beta * ((model_w - ref_w) - (model_l - ref_l))
     each = -label * _log_sigmoid(logit) - (1 - label) * _log_sigmoid(-logit)
@@ -55,7 +57,8 @@ def test_diffusion_dpo(beta: float, kappa: float, labels: str, weights: str, anc
         error.requires_grad_(True)
     loss, _ = pairwise.diffusion_dpo(
         *errors, beta=beta, kappa=kappa, anchor=anchor,
-        label=None if labels == "winner" else torch.tensor(label), weight=None if weights == "none" else torch.tensor(weight),
+        label=None if labels == "winner" else torch.tensor(label),
+        weight=None if weights == "none" else torch.tensor(weight),
     )  # fmt: skip
     # float32 errors near 1 carry 6e-8 each, which the logit multiplies by kappa * beta
     rounding = 1e-6 + 4e-7 * kappa * beta
