@@ -28,6 +28,7 @@ from mmalign.shapes.captions import captions, parse_caption
 from mmalign.tables import PreferenceRow, write_preferences
 
 ANNOTATOR = "bold"
+TRUTH = f"shapes_truth[annotator={ANNOTATOR}]"  # how results label an evaluator with a parameter of its own
 _console = Console(stderr=True)
 
 
@@ -73,7 +74,7 @@ def run(output: Path = Path("runs/quickstart"), *, seed: int = 0, short: bool = 
     results = [_score(table, output / f"{name}-scores") for name, table in tables.items()]
     comparison = comparing.compare(*results, names=("base", "aligned"), seed=seed)
     page = report.build(results, output / "report.html", run=trained, comparison=comparison, title="Quickstart",
-                        rank_by=["shapes_truth/utility", "hps"])  # fmt: skip
+                        rank_by=[f"{TRUTH}/utility", "hps"])  # fmt: skip
     summary = _summary(comparison, counts, seed, time.perf_counter() - started)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     Console().print(comparison.table())
@@ -135,7 +136,7 @@ def _score(table: Path, output: Path) -> Path:
 
 
 def _summary(comparison: comparing.Comparison, counts: dict[str, int], seed: int, seconds: float) -> dict[str, Any]:
-    utility, fidelity = comparison.score("shapes_truth/utility"), comparison.score("shapes_truth/fidelity")
+    utility, fidelity = comparison.score(f"{TRUTH}/utility"), comparison.score(f"{TRUTH}/fidelity")
     return {
         "win_rate": utility.wins.rate,
         "win_rate_ci95": [utility.wins.low, utility.wins.high],

@@ -105,6 +105,7 @@ def load(
         ValueError: see `check`.
     """
     path = check(config)
+    _no_bars()
     module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(path)].partition(":")
     found = config.model_copy(update={"path": path})
     kind = getattr(importlib.import_module(module), name)
@@ -112,6 +113,15 @@ def load(
     if config.lora:
         _fuse(adapter.pipeline(), lora_file(config.lora))
     return adapter
+
+
+def _no_bars() -> None:
+    """Turns off the libraries' bars: loading takes a second, and mmalign's own progress must stay readable."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def lora_file(path: Path) -> Path:
@@ -131,11 +141,18 @@ def lora_file(path: Path) -> Path:
 
 def _fuse(pipe: Any, file: Path) -> None:
     """Adds a LoRA to the weights. ValueError when not every tensor of the file has its place in the model."""
+    import diffusers
+
     fix = "it was trained on another architecture; give the LoRA of this model, or the model of this LoRA"
+    logging = diffusers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that a LoRA of the denoiser has nothing for the text encoder
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True, use_safetensors=True)
     except _MISFITS as error:
         raise ValueError(f"model.lora: {file} does not fit the model ({str(error).splitlines()[0]}); {fix}") from error
+    finally:
+        logging.set_verbosity(level)
     if not pipe.get_active_adapters():
         raise ValueError(f"model.lora: no tensor of {file} has a place in the model; {fix}")
     pipe.fuse_lora()
