@@ -6,6 +6,7 @@ Every step is one of the verbs with one of the shipped configs; nothing here kno
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def run(output: Path = Path("runs/quickstart"), *, seed: int = 0, short: bool = 
                         rank_by=[f"{TRUTH}/utility", "hps"])  # fmt: skip
     summary = _summary(comparison, counts, seed, time.perf_counter() - started)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    Console().print(comparison.table())
+    Console(width=None if sys.stdout.isatty() else 150).print(comparison.table())  # 80 columns would be unreadable
     print(_sentence(summary))
     print(f"report: {page}")
     return summary
