@@ -31,7 +31,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], state: dict[str, A
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in weights.items()}, aside / "weights.safetensors"
         )
-        with open(aside / "state.pt", "wb") as file:  # given a path, torch would hide the reason of a failed write
+        with open(aside / "state.pt", "wb") as file:  # given a path, torch would not say why a write failed
             torch.save(state, file)
         for written in aside.iterdir():
             _flush(written)
@@ -41,12 +41,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], state: dict[str, A
         _flush(folder)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        full = (
-            getattr(error, "errno", None) == errno.ENOSPC
-            or "No space left" in str(error)
-            or "os error 28" in str(error)
-        )
-        if full:
+        if _disk_is_full(error):
             last = newest(folder)
             raise OSError(
                 errno.ENOSPC,
@@ -78,6 +73,15 @@ def read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and state of a checkpoint; no pickled objects are run."""
     state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     return load_file(checkpoint / "weights.safetensors"), state
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether this is behind an error: torch raises another one while it closes the file that could not be written."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):  # the latter is safetensors'
+            return True
+        error = error.__context__
+    return False
 
 
 def _flush(path: Path) -> None:

@@ -65,13 +65,21 @@ class Recipe:
         return pixels, words.input_ids
 
     def loss(self, pixels: Tensor, tokens: Tensor, draws: Draws | None = None) -> Tensor:
-        """The loss of a batch; with `draws`, on that randomness instead of fresh."""
+        """The loss of a batch; with `draws`, on that randomness instead of fresh, and encoding one item at a time.
+
+        A convolution over a batch rounds otherwise than over its items, and the difference of two gradients that
+        nearly cancel shows it; where two computations are compared, both have to encode alike.
+        """
         with torch.no_grad():
-            posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
-            given = None if draws is None else draws.posterior.to(self.device)
-            sampled = posterior.sample() if given is None else posterior.mean + posterior.std * given
-            latents = sampled * self.vae.config.scaling_factor
-            words = self.text(tokens.to(self.device))[0].repeat(2, 1, 1)
+            pixels, tokens = pixels.to(self.device, torch.float32), tokens.to(self.device)
+            if draws is None:
+                sampled, words = self.vae.encode(pixels).latent_dist.sample(), self.text(tokens)[0]
+            else:
+                found = [self.vae.encode(one).latent_dist for one in pixels.split(1)]
+                given = draws.posterior.to(self.device).split(1)
+                sampled = torch.cat([each.mean + each.std * unit for each, unit in zip(found, given, strict=True)])
+                words = torch.cat([self.text(one)[0] for one in tokens.split(1)])
+            latents, words = sampled * self.vae.config.scaling_factor, words.repeat(2, 1, 1)
         half = latents.shape[0] // 2
         eps = torch.randn_like(latents[:half]) if draws is None else draws.noise.to(self.device)
         t = torch.randint(0, self.process.config.num_train_timesteps, (half,)) if draws is None else draws.t

@@ -1,0 +1,230 @@
+"""Batch generation: each picture depends on its prompt and seed alone, and a folder on one config alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from mmalign import sample
+from mmalign.jobs import SampleConfig
+from mmalign.media import read_image
+from mmalign.media_table import read_media_table
+from mmalign.testing.tiny import tiny_sd, tiny_sdxl
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training_kit import PROMPTS
+
+
+@pytest.fixture(scope="module", name="models")
+def _models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("models")
+    return {"sd": tiny_sd(home / "sd"), "sdxl": tiny_sdxl(home / "sdxl")}
+
+
+@pytest.fixture(name="prompts")
+def _prompts(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    return tmp_path / "prompts.txt"
+
+
+def _config(model: Path, prompts: Path, output: Path, **changes: Any) -> SampleConfig:
+    settings = {"model": {"path": model}, "prompts": prompts, "output": output, "steps": 2, "device": "cpu", **changes}
+    return SampleConfig.model_validate(settings)
+
+
+def _pictures(table: Path) -> dict[str, np.ndarray]:
+    return {row.sample: read_image(row.media) for row in read_media_table(table)}
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_batches_do_not_matter(models: dict[str, Path], prompts: Path, tmp_path: Path, family: str) -> None:
+    found = [
+        _pictures(sample.run(_config(models[family], prompts, tmp_path / str(size), batch_size=size, scheduler="ddim")))
+        for size in (1, 4, 3)
+    ]
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    for name, picture in found[0].items():
+        assert picture.shape == (32, 32, 3)
+        assert max(np.abs(picture.astype(int) - other[name]).max() for other in found[1:]) <= 1
+    assert len({picture.tobytes() for picture in found[0].values()}) == 4
+
+
+def test_a_picture_is_the_pipelines(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    config = _config(
+        models["sd"], prompts, tmp_path / "out", seed=11, guidance_scale=3.0, negative_prompt="small", per_prompt=2
+    )  # fmt: skip
+    found = _pictures(sample.run(config))
+    pipe = StableDiffusionPipeline.from_pretrained(models["sd"], local_files_only=True)
+    for k in (0, 1):
+        image = pipe(
+            PROMPTS[1], negative_prompt="small", num_inference_steps=2, guidance_scale=3.0, output_type="np",
+            generator=torch.Generator().manual_seed(11 + k),
+        ).images[0]  # fmt: skip
+        ours = found[f"000001-{11 + k}"].astype(int)
+        assert np.abs(ours - (image * 255).round()).max() <= 1
+
+
+def test_the_table_says_what_was_drawn(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    rows = read_media_table(sample.run(_config(models["sd"], prompts, tmp_path / "out", per_prompt=2, seed=5)))
+    assert [(row.prompt, row.seed, row.group) for row in rows] == [
+        (prompt, 5 + k, f"{i:06d}") for i, prompt in enumerate(PROMPTS) for k in (0, 1)
+    ]
+    assert len({row.sample for row in rows}) == 8
+    assert {row.model for row in rows} == {str(models["sd"])}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_seed_column_is_honoured(models: dict[str, Path], tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"prompts.{suffix}"
+    rows = [{"prompt": PROMPTS[0], "seed": 77}, {"prompt": PROMPTS[0], "seed": None}, {"prompt": PROMPTS[0], "seed": 3}]
+    if suffix == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    asked = sample.requests(_config(models["sd"], file, tmp_path / "out", seed=9, per_prompt=2))
+    assert [request.seed for request in asked] == [77, 78, 9, 10, 3, 4]
+    found = _pictures(sample.run(_config(models["sd"], file, tmp_path / "out", seed=9)))
+    assert list(found) == ["000000-77", "000001-9", "000002-3"]
+    assert len({picture.tobytes() for picture in found.values()}) == 3
+
+
+@pytest.mark.parametrize("seed", ["three", 1.5, True])
+def test_a_bad_seed_is_named(models: dict[str, Path], tmp_path: Path, seed: Any) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "x", "seed": 1}) + "\n" + json.dumps({"prompt": "x", "seed": seed}) + "\n")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl line 2: the seed is .*give a whole number"):
+        sample.requests(_config(models["sd"], file, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.txt", None, r"none\.txt does not exist; check the path"),
+        ("none.jsonl", None, r"none\.jsonl does not exist; check the path"),
+        ("empty.txt", "\n \n", r"empty\.txt holds no prompts; write one per line"),
+        ("empty.jsonl", "", r"empty\.jsonl holds no rows"),
+        ("other.jsonl", '{"promt": "a"}\n', r"no column prompt, which a table of prompts needs; .* are promt\."),
+        ("null.jsonl", '{"prompt": null}\n', r"null\.jsonl line 1: the prompt is None; give text"),
+        ("prompts.csv", "prompt\na\n", r"a table ends in \.jsonl, \.json or \.parquet"),
+    ],
+)  # fmt: skip
+def test_bad_prompts_are_named(
+    models: dict[str, Path], tmp_path: Path, name: str, content: str | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        sample.run(_config(models["sd"], tmp_path / name, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_model_leaves_nothing_behind(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    typo = models["sd"].parent / "sdd"
+    with pytest.raises(ValueError, match=r"sdd' does not exist\. Did you mean '.*/sd'\?"):
+        sample.run(_config(typo, prompts, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_run_keeps_its_pictures(
+    models: dict[str, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "whole")))
+    config = _config(models["sd"], prompts, tmp_path / "cut", batch_size=1)
+    write, written = sample.write_image, []
+
+    def stop(path: Path, image: np.ndarray) -> None:
+        if len(written) == 2:
+            raise InterruptedError("stopped by the test")
+        write(path, image)
+        written.append(path)
+
+    monkeypatch.setattr(sample, "write_image", stop)
+    with pytest.raises(InterruptedError):
+        sample.run(config)
+    assert not (tmp_path / "cut" / "table.jsonl").exists()
+    times = {path: path.stat().st_mtime_ns for path in written}
+    drawn: list[Path] = []
+    monkeypatch.setattr(sample, "write_image", lambda path, image: (drawn.append(path), write(path, image)))
+    found = _pictures(sample.run(config))
+    assert len(drawn) == 2 and not set(drawn) & set(written)
+    assert times == {path: path.stat().st_mtime_ns for path in written}
+    assert found.keys() == whole.keys()
+    for name, picture in whole.items():
+        assert np.abs(picture.astype(int) - found[name]).max() <= 1
+
+
+def test_a_finished_run_loads_no_model(
+    models: dict[str, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(models["sd"], prompts, tmp_path / "out")
+    table = sample.run(config).read_text()
+    monkeypatch.setattr(sample.base, "load", lambda *a, **k: pytest.fail("a finished run has nothing to load"))
+    assert sample.run(config).read_text() == table
+
+
+def test_a_folder_holds_the_pictures_of_one_config(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sample.run(_config(models["sd"], prompts, out, limit=1))
+    for changes, named in (({"steps": 3}, "steps"), ({"guidance_scale": 1.0, "seed": 2}, "guidance_scale, seed")):
+        with pytest.raises(ValueError, match=rf"made with other values of: {named}\. Choose another folder"):
+            sample.run(_config(models["sd"], prompts, out, limit=1, **changes))
+    sample.run(_config(models["sd"], prompts, out, limit=2, batch_size=1))  # these do not change a picture
+    assert len(list((out / "images").iterdir())) == 2
+
+
+def test_files_count_by_content(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(models["sd"], model)
+    sample.run(_config(model, prompts, out, limit=1))
+    sample.run(_config(models["sd"], prompts, out, limit=1))  # the same weights at another place
+    prompts.write_text("something else\n")
+    with pytest.raises(ValueError, match="made with other values of: prompts"):
+        sample.run(_config(model, prompts, out, limit=1))
+    prompts.write_text("\n".join(PROMPTS))
+    shutil.rmtree(model)
+    tiny_sd(model, seed=8)  # trained again, into the same folder
+    with pytest.raises(ValueError, match="made with other values of: model"):
+        sample.run(_config(model, prompts, out, limit=1))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler"])
+def test_schedulers(models: dict[str, Path], prompts: Path, tmp_path: Path, scheduler: str) -> None:
+    own = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "own", limit=1, steps=4)))
+    other = _pictures(
+        sample.run(_config(models["sd"], prompts, tmp_path / "other", limit=1, steps=4, scheduler=scheduler))
+    )
+    assert not np.array_equal(own["000000-0"], other["000000-0"])
+
+
+def test_size(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    found = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "a", limit=1, height=24, width=40)))
+    assert found["000000-0"].shape == (24, 40, 3)
+    with pytest.raises(ValueError, match="height: 30 is not a multiple of 8; use 32"):
+        sample.run(_config(models["sd"], prompts, tmp_path / "b", height=30))
+
+
+def test_pictures_that_are_not_finite_are_not_written(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    pipe = StableDiffusionPipeline.from_pretrained(models["sd"], local_files_only=True)
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
+    pipe.save_pretrained(model)
+    with pytest.raises(ValueError, match="not finite with dtype float32, in a batch that begins with 'a red circle'"):
+        sample.run(_config(model, prompts, tmp_path / "out"))
+    assert list((tmp_path / "out" / "images").iterdir()) == []
+
+
+def test_half_precision_needs_a_gpu(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="float16 needs a GPU; on a CPU use float32"):
+        sample.run(_config(models["sd"], prompts, tmp_path / "out", dtype="float16"))
+    found = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "bf", dtype="bfloat16", limit=1)))
+    assert found["000000-0"].shape == (32, 32, 3)
