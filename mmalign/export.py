@@ -29,7 +29,7 @@ import yaml
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mmalign.models.checkpoint import check_folder
@@ -299,9 +299,16 @@ def _kohya_header(pairs: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[st
 
 
 def _save(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> Path:
+    """Write a safetensors file whose metadata is sorted: the library's own order changes from run to run."""
+    data = save(tensors, metadata=header)
+    end = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:end])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".part")
-    save_file(tensors, str(partial), metadata=header)
+    partial.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     os.replace(partial, file)
     return file
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import torch
+
 from mmalign import checkpoints
 from mmalign.config import dump
 from mmalign.jobs import TrainConfig
@@ -28,8 +30,8 @@ _MAY_CHANGE = {"checkpoint", "validation", "log", "output", "device"}
 
 def versions() -> dict[str, str]:
     """Library versions, the git commit of the working folder if there is one, and the machine."""
-    names = ("mmalign", "torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft")
-    found = {name: version(name) for name in names}
+    names = ("mmalign", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft")
+    found = {"torch": torch.__version__, **{name: version(name) for name in names}}  # torch's own names the build
     commit = "none"
     if shutil.which("git"):
         command = ["git", "rev-parse", "HEAD"]

@@ -25,6 +25,7 @@ from mmalign.evaluation import resolve_device
 from mmalign.jobs import ScoreConfig
 from mmalign.media import decoder_fingerprint
 from mmalign.progress import Progress
+from mmalign.results import WHOLE_SET
 from mmalign.score_plan import Job, Plan, digest, make_jobs, make_plan
 from mmalign.score_store import Store
 from mmalign.score_summary import summarise
@@ -33,7 +34,6 @@ from mmalign.tables import read_media_table
 
 __all__ = ["run"]
 
-SET_SAMPLE = "(whole set)"
 Todo = list[tuple[int, tuple[Job, ...]]]
 Advance = Callable[[int], None]
 
@@ -185,7 +185,7 @@ def _process(plan: Plan, todo: Sequence[Todo], config: ScoreConfig, rank: int, t
 
 def _score_sets(plan: Plan, config: ScoreConfig, store: Store, done: set[tuple[str, str]]) -> None:
     """Evaluators of whole sets see everything in one process, since their statistics cannot be cut into rows."""
-    jobs = [job for job in plan.jobs if job.is_set and (SET_SAMPLE, _set_key(plan, job)) not in done]
+    jobs = [job for job in plan.jobs if job.is_set and (WHOLE_SET, _set_key(plan, job)) not in done]
     if not jobs:
         return
     worker = Worker(plan, config.device, config.dtype)
@@ -220,7 +220,7 @@ def _update_sets(worker: Worker, plan: Plan, batch: Todo, decoded: Any, failures
 def _set_rows(worker: Worker, plan: Plan, job: Job, dtype: str, failures: list[str]) -> list[Row]:
     base: Row = row_of(plan, job, 0, dtype, decoder_fingerprint())
     base |= {name: None for name in ("prompt", "group", "seed", "model", "media_hash")}
-    base |= {"sample": SET_SAMPLE, "media": f"{len(plan.items)} items", "key": _set_key(plan, job)}
+    base |= {"sample": WHOLE_SET, "media": f"{len(plan.items)} items", "key": _set_key(plan, job)}
     if failures:
         # A distance over fewer items than the table has is another number; it is not given out as this one.
         return [base | {"reason": f"{len(failures)} of {len(plan.items)} items cannot be read: {failures[0]}"}]
@@ -240,7 +240,7 @@ def _finish(plan: Plan, config: ScoreConfig, store: Store, started: float, compu
     wanted: list[tuple[str, str]] = []
     for job, keys in zip(plan.jobs, plan.keys, strict=True):
         if job.is_set:
-            wanted.append((SET_SAMPLE, _set_key(plan, job)))
+            wanted.append((WHOLE_SET, _set_key(plan, job)))
         else:
             wanted += [(item.row.sample, key) for item, key in zip(plan.items, keys, strict=True)]
     table = store.settle(wanted)

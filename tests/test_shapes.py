@@ -277,7 +277,7 @@ def test_fidelity_says_none_where_nothing_is_asked():
 
 
 def test_fidelity_of_size_has_half_a_pixel_of_room():
-    for radius, small, large in ((8.4, True, False), (8.9, True, False), (9.2, False, False), (10.6, False, True)):
+    for radius, small, large in ((9.9, True, False), (10.4, True, False), (10.8, False, False), (11.6, False, True)):
         shape = Shape("square", "green", 32, 32, radius)
         assert judged("a small green square", shape).size is small
         assert judged("a large green square", shape).size is large
@@ -311,11 +311,11 @@ def test_features_follow_what_is_drawn():
     def centred(radius, saturation):
         return seen_features("a red circle", Shape("circle", "red", 32, 32, radius, saturation))
 
-    assert centred(6, 0.55) == pytest.approx(
+    assert centred(8, 0.55) == pytest.approx(
         {"fidelity": 1, "size": 0, "centring": 1, "saturation": 0, "cleanliness": 1}, abs=0.02
     )
-    assert centred(15, 0.95) == pytest.approx(dict.fromkeys(FEATURES, 1.0), abs=0.02)
-    assert centred(10.5, 0.75)["size"] == pytest.approx(0.5, abs=0.01)
+    assert centred(16, 0.95) == pytest.approx(dict.fromkeys(FEATURES, 1.0), abs=0.02)
+    assert centred(12, 0.75)["size"] == pytest.approx(0.5, abs=0.01)
     aside = seen_features("a red circle", Shape("circle", "red", 16, 32, 9))
     assert aside["centring"] == pytest.approx(0.5, abs=0.01)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +27,10 @@ def compare(
     allow_different: Annotated[
         bool, typer.Option("--allow-different", help="Compare although versions or weights of an evaluator differ.")
     ] = False,
+    pair_by: Annotated[
+        Literal["auto", "seed", "sample"],
+        typer.Option(help="What makes a pair besides its prompt; auto takes the seed where every row has one."),
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compare two scored runs prompt by prompt: differences, win rates, intervals, tests.
@@ -40,19 +45,25 @@ def compare(
 
     from mmalign.compare import compare as compare_runs
 
-    comparison = compare_runs(a, b, allow_different=allow_different)
+    comparison = compare_runs(a, b, allow_different=allow_different, pair_by=pair_by)
     if output is not None:
         comparison.save(output)
     if as_json:
         typer.echo(json.dumps(comparison.to_json(), indent=2, ensure_ascii=False))
     else:
-        Console().print(comparison.table())
+        # In a pipe or a log 80 columns would fold every cell.
+        Console(width=None if sys.stdout.isatty() else 150).print(comparison.table())
 
 
 def report(
     results: Annotated[list[Path], typer.Argument(help="One or more results folders, the base model's first.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
     run: Annotated[Path | None, typer.Option(help="Training run whose curves and config to show.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    rank_by: Annotated[
+        list[str] | None,
+        typer.Option(help="Score by which pictures are chosen, such as hps or shapes_truth/fidelity; may be repeated."),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page: distributions, win rates, thumbnails, training curves, the config.
 
@@ -62,4 +73,4 @@ def report(
     """
     from mmalign.report import build
 
-    typer.echo(f"report: {build(results, output, run=run)}")
+    typer.echo(f"report: {build(results, output, run=run, title=title, rank_by=rank_by)}")

@@ -65,7 +65,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def write_sd(folder: Path) -> None:
-    """configs/shapes/sd: a StableDiffusionPipeline of about 4 million parameters, 64x64 pixels, 8x8x8 latents."""
+    """configs/shapes/sd: a StableDiffusionPipeline of about 3 million parameters, 64x64 pixels, 16x16x4 latents."""
     tokenizer = write_tokenizer(folder / "tokenizer")
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
@@ -75,20 +75,20 @@ def write_sd(folder: Path) -> None:
     text.architectures = ["CLIPTextModel"]
     text.save_pretrained(folder / "text_encoder")
     UNet2DConditionModel(
-        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(72, 104), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64, 96), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=96, attention_head_dim=4, norm_num_groups=8,
     ).save_config(folder / "unet")  # fmt: skip
     AutoencoderKL(
-        latent_channels=8, block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64,
-        mid_block_add_attention=False, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64,
+        mid_block_add_attention=False, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
     ).save_config(folder / "vae")  # fmt: skip
     DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing",
-        rescale_betas_zero_snr=False,
+        rescale_betas_zero_snr=True,
     ).save_pretrained(folder / "scheduler")  # fmt: skip
     index = {
         "_class_name": "StableDiffusionPipeline",

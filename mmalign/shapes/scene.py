@@ -15,8 +15,8 @@ from mmalign.shapes.captions import COLOURS, Caption
 SIDE = 64
 HUES = dict(zip(COLOURS, (0.0, 52.0, 130.0, 183.0, 228.0, 288.0), strict=True))  # degrees
 GREYS = {"white": 0.97, "grey": 0.62, "black": 0.06}
-RADII = (6.0, 15.0)
-SMALL, LARGE = 8.5, 11.0  # a small shape has radius <= SMALL, a large one >= LARGE
+RADII = (8.0, 16.0)
+SMALL, LARGE = 10.0, 12.0  # a small shape has radius <= SMALL, a large one >= LARGE
 SATURATION = (0.55, 0.95)
 CROSS_ARM = 0.36  # half the width of a cross's arm, as a share of its radius
 
@@ -72,7 +72,7 @@ def render(scene: Scene, side: int = SIDE) -> np.ndarray:
 
 
 def _radius(size: str | None, count: int, rng: np.random.Generator) -> float:
-    low, high = RADII[0], (RADII[1], 13.0, 12.0)[count - 1]
+    low, high = RADII[0], (RADII[1], 14.5, 13.0)[count - 1]
     if size == "small":
         high = SMALL - 0.5  # half a pixel of room, so that a reader can tell
     elif size == "large":

@@ -61,15 +61,50 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Sets scaling_factor so that latents have unit variance on the training pictures, and saves the VAE."""
+        """Saves the VAE with white latents (see `whiten`), or, without quant_conv, with latents of unit variance."""
         self.vae.eval()
-        latents = [
-            self.vae.encode(self.load([(i, 0)])["pixels"].to(self.adapter.device)).latent_dist.mode()
+        posteriors = [
+            self.vae.encode(self.load([(i, 0)])["pixels"].to(self.adapter.device)).latent_dist
             for i in range(min(256, self.size))
         ]
-        factor = 1 / torch.cat(latents).std().item()
-        self.vae.register_to_config(scaling_factor=round(factor, 5))
+        mean, var = torch.cat([p.mean for p in posteriors]), torch.cat([p.var for p in posteriors])
+        if self.vae.quant_conv is None:
+            self.vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
+        else:
+            whiten(self.vae, mean, var)
         self.vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
 
     def describe(self, batch: dict[str, Any]) -> str:
         return ", ".join(self.items[i].media.name for i in batch["items"])
+
+
+@torch.no_grad()
+def whiten(vae: Any, mean: Tensor, var: Tensor) -> None:
+    """Makes latents white by folding an affine map into `quant_conv` and its inverse into `post_quant_conv`.
+
+    A plain scaling_factor leaves a picture's brightness large and its hues small, so that a denoiser sees colour only
+    where the noise is nearly gone. Reconstructions from posterior means do not change. A rotated posterior is no longer
+    diagonal, so its variances become constants: what the average posterior has along the new axes.
+
+    Args:
+        vae: AutoencoderKL with quant_conv and post_quant_conv (as Stable Diffusion's); scaling_factor becomes 1.
+        mean, var: of the posteriors of some pictures, [N, C, h, w].
+    """
+    channels = mean.shape[1]
+    rows = mean.double().movedim(1, -1).reshape(-1, channels)
+    noise = var.double().mean((0, 2, 3))
+    centre = rows.mean(0)
+    values, axes = torch.linalg.eigh((rows - centre).T @ (rows - centre) / len(rows) + noise.diag())
+    forward = axes @ (values.clamp_min(1e-6) ** -0.5).diag() @ axes.T
+    back = torch.linalg.inv(forward)
+    encode, decode = vae.quant_conv, vae.post_quant_conv
+    weight, bias = encode.weight.double()[..., 0, 0], encode.bias.double()
+    new_weight, new_bias = torch.zeros_like(weight), torch.empty_like(bias)
+    new_weight[:channels], new_bias[:channels] = forward @ weight[:channels], forward @ (bias[:channels] - centre)
+    new_bias[channels:] = ((forward**2) @ noise).log()
+    encode.weight.copy_(new_weight[..., None, None])
+    encode.bias.copy_(new_bias)
+    weight = decode.weight.double()[..., 0, 0]
+    decode.bias.copy_(decode.bias.double() + weight @ centre)
+    decode.weight.copy_((weight @ back)[..., None, None])
+    vae.register_to_config(scaling_factor=1.0)
