@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import torch
-
 from mmalign import checkpoints
 from mmalign.config import dump
 from mmalign.jobs import TrainConfig
