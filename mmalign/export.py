@@ -29,6 +29,7 @@ import yaml
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -162,6 +163,9 @@ def export_lora(
         unet_lora_adapter_metadata=_metadata(pairs, scales),
     )
     written = [folder / "pytorch_lora_weights.safetensors"]
+    with safe_open(written[0], "pt") as file:
+        header = file.metadata()
+    _save(load_file(written[0]), written[0], header)
     if kohya:
         tensors: dict[str, Tensor] = {}
         for module, pair in pairs.items():
