@@ -19,6 +19,7 @@ import torch
 from mmalign import sample
 from mmalign.clip_backbone import load_clip
 from mmalign.clip_scoring import resize_pad
+from mmalign.config import load
 from mmalign.jobs import Model, SampleConfig
 from mmalign.models import base
 from mmalign.paths import find
@@ -35,18 +36,11 @@ def share(hits: list[float], prompts: list[str] | None = None) -> dict[str, floa
     return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(hits)}
 
 
-def generator(folder: Path, count: int, seed: int, guidance_scale: float, steps: int) -> dict[str, Any]:
-    """Fidelity of pictures for held-out captions, in all and by number of shapes."""
+def generator(folder: Path, count: int, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Fidelity of pictures for held-out captions, in all and by number of shapes, sampled as the quickstart does."""
     wanted = captions(count, seed, held_out=True)
-    config = SampleConfig(
-        model=Model(path=folder),
-        prompts=Path("-"),
-        output=Path("-"),
-        steps=steps,
-        guidance_scale=guidance_scale,
-        batch_size=32,
-    )
-    pipe = base.load(config.model).pipeline()
+    config = load(SampleConfig, find("configs/shapes/sample.yaml"), [f"model.path={folder}", *overrides])
+    pipe = sample.pipeline(config, torch.device("cpu"))
     made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]
     images = [image for _, part in sample.generate(pipe, made, config) for image in part]
     judged = [fidelity(caption, read(image)) for caption, image in zip(wanted, images, strict=True)]
@@ -56,6 +50,7 @@ def generator(folder: Path, count: int, seed: int, guidance_scale: float, steps:
         for len_ in sorted({len(c.items) for c in wanted})
     }
     return {
+        "sampling": f"{config.scheduler}, {config.steps} steps, guidance_scale {config.guidance_scale}",
         "shape_colour": share([float(f.shape_colour) for f in judged], texts),
         "everything_asked": share([float(f.everything) for f in judged], texts),
         "by_number_of_shapes": by_count,
@@ -105,12 +100,11 @@ def main() -> None:
     parser.add_argument("--only", choices=("sd", "vae", "clip"))
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--seed", type=int, default=77)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--set", action="append", default=[], help="as in mmalign sample: guidance_scale=3")
     parser.add_argument("--annotator", default="faithful")
     args = parser.parse_args()
     jobs = {
-        "sd": lambda: generator(args.sd, args.count, args.seed, args.guidance_scale, args.steps),
+        "sd": lambda: generator(args.sd, args.count, args.seed, args.set),
         "vae": lambda: autoencoder(args.sd, args.count, args.seed),
         "clip": lambda: scorer(args.clip, args.count, args.seed, args.annotator),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,6 +118,12 @@ class Comparison:
         if whole:
             said.append(f"One figure for the whole set, hence without interval and test: {', '.join(whole)}.")
         return said
+
+    def show(self) -> None:
+        """Prints the table; in a pipe or a log 150 columns wide, since 80 would fold every cell."""
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 150).print(self.table())
 
     def table(self) -> Any:
         """A rich Table, a line per score, with the remarks as its caption."""

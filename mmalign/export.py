@@ -240,6 +240,11 @@ def export_full(pipeline: Any, output: str | Path) -> Path:
     """
     if getattr(pipeline.unet, "peft_config", None):
         raise ValueError("the UNet carries a LoRA adapter: write it with export_lora, or fuse and unload it first.")
+    for name in ("tokenizer", "tokenizer_2"):  # the last call's padding would be saved as the tokenizer's own
+        backend = getattr(getattr(pipeline, name, None), "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_padding()
+            backend.no_truncation()
     pipeline.save_pretrained(str(output), safe_serialization=True)
     check_folder(output)
     return Path(output)

@@ -6,7 +6,6 @@ Every step is one of the verbs with one of the shipped configs; nothing here kno
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ class Size:
 
     train_prompts: int = 384
     held_out: int = 256
-    steps: int = 150
+    steps: int = 120
 
 
 FULL, SHORT = Size(), Size(train_prompts=24, held_out=16, steps=6)
@@ -78,7 +77,7 @@ def run(output: Path = Path("runs/quickstart"), *, seed: int = 0, short: bool = 
                         rank_by=[f"{TRUTH}/utility", "hps"])  # fmt: skip
     summary = _summary(comparison, counts, seed, time.perf_counter() - started)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    Console(width=None if sys.stdout.isatty() else 150).print(comparison.table())  # 80 columns would be unreadable
+    comparison.show()
     print(_sentence(summary))
     print(f"report: {page}")
     return summary

@@ -101,8 +101,7 @@ def run(config: SampleConfig) -> Path:
     _check_same(config)
     missing = [request for request in wanted if not _place(folder, request).is_file()]
     if missing:
-        adapter = base.load(config.model, device=device, dtype=_DTYPES[config.dtype])
-        pipe = _with_scheduler(adapter.pipeline(), config.scheduler)
+        pipe = pipeline(config, device)
         with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
             done = len(wanted) - len(missing)
             for part, images in generate(pipe, missing, config):
@@ -117,6 +116,17 @@ def run(config: SampleConfig) -> Path:
     ]
     write_media_table(folder / "table.jsonl", rows)
     return folder / "table.jsonl"
+
+
+def pipeline(config: SampleConfig, device: torch.device) -> Any:
+    """The diffusers pipeline that a config asks for: its model, with its LoRA, under its scheduler."""
+    pipe = base.load(config.model, device=device, dtype=_DTYPES[config.dtype]).pipeline()
+    if config.scheduler != "own":
+        import diffusers
+
+        names = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}
+        pipe.scheduler = getattr(diffusers, names[config.scheduler]).from_config(pipe.scheduler.config)
+    return pipe
 
 
 def generate(
@@ -169,12 +179,3 @@ def _check_same(config: SampleConfig) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))
     path.write_text(json.dumps({"config": now, "versions": versions()}, indent=2))
-
-
-def _with_scheduler(pipe: Any, name: str) -> Any:
-    if name != "own":
-        import diffusers
-
-        names = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}
-        pipe.scheduler = getattr(diffusers, names[name]).from_config(pipe.scheduler.config)
-    return pipe

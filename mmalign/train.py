@@ -251,7 +251,7 @@ class Loop:
 def _optimizer(optim: Optim, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     arguments: dict[str, Any] = dict(lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, eps=optim.eps)
     if optim.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **arguments)
+        return torch.optim.AdamW(parameters, **arguments)
     try:
         import bitsandbytes
     except ImportError as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +74,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setenv("MMALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module", name="model")
+def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion folder; to be read only."""
+    from mmalign.testing.tiny import tiny_sd
+
+    return tiny_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="module", name="table")
+def _table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of four decided pairs."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from training_kit import preferences
+
+    return preferences(tmp_path_factory.mktemp("data"))

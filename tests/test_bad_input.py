@@ -17,22 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from mmalign import cli
 from mmalign.models import base
-from mmalign.testing.tiny import tiny_sd
 
 sys.path.insert(0, str(Path(__file__).parent))
 from training_kit import captioned, preferences, settings
 
 Train = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="module", name="model")
-def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sd(tmp_path_factory.mktemp("models") / "sd")
-
-
-@pytest.fixture(scope="module", name="table")
-def _table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preferences(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(name="verb")

@@ -92,9 +92,11 @@ def test_steps_lower_the_loss_from_ln_2(
     train.run(run)
     found = records(run.output)
     assert [record["step"] for record in found] == [1, 2, 3, 4, 5, 6]
-    # Attention with and without gradients may round differently, and beta = 500 enlarges the last digit.
-    assert found[0]["loss"] == pytest.approx(LN2, abs=1e-4)
-    assert found[0]["margin"] == pytest.approx(0, abs=2e-4)
+    if model == "sdxl":  # policy and reference differ in the last digit, for a reason not found; beta = 500 enlarges it
+        assert found[0]["loss"] == pytest.approx(LN2, abs=1e-4)
+        assert found[0]["margin"] == pytest.approx(0, abs=2e-4)
+    else:
+        assert (found[0]["loss"], found[0]["margin"], found[0]["implicit_accuracy"]) == (LN2, 0, 0.5)
     assert found[-1]["loss"] < LN2 - 0.05
     assert found[-1]["implicit_accuracy"] > 0.5
     wanted = {

@@ -121,7 +121,7 @@ def test_killed_at_random_steps_it_ends_in_the_same_bytes(home: Path) -> None:
         }
 
 
-@pytest.mark.slow  # four processes; the test above covers the rest of what a kill can break
+@pytest.mark.slow  # four processes; the kills above rarely fall into a write, so run make test-slow too
 def test_killed_while_it_writes_a_checkpoint_nothing_is_broken(home: Path) -> None:
     """A checkpoint at every step, so that most moments are within the writing of one."""
     file, run = _write(home, "writing", checkpoint={"every": 1, "keep": 1})

@@ -15,27 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from mmalign import checkpoints, runs, tasks, train
 from mmalign.jobs import TrainConfig
 from mmalign.media import read_image
-from mmalign.tasks import autoencoder, finish
-from mmalign.testing.tiny import tiny_sd, tiny_sdxl
+from mmalign.tasks import finish
+from mmalign.testing.tiny import tiny_sdxl
 
 sys.path.insert(0, str(Path(__file__).parent))
-from training_kit import PROMPTS, captioned, config, preferences, records
-
-
-@pytest.fixture(scope="module", name="model")
-def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sd(tmp_path_factory.mktemp("models") / "sd")
-
-
-@pytest.fixture(scope="module", name="table")
-def _table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preferences(tmp_path_factory.mktemp("data"))
+from training_kit import PROMPTS, captioned, config, records
 
 
 def _newest(run: TrainConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -258,51 +248,6 @@ def test_supervised_fine_tuning_learns(model: Path, tmp_path: Path, text: bool) 
     trained = load_file(run.output / "export" / "text_encoder" / "model.safetensors")
     fresh = load_file(model / "text_encoder" / "model.safetensors")
     assert any(not torch.equal(trained[name], fresh[name]) for name in fresh) == text
-
-
-def test_an_autoencoder_learns_and_goes_into_a_pipeline(model: Path, tmp_path: Path) -> None:
-    table = captioned(tmp_path)
-    run = config(
-        tmp_path / "run", model, table, task="autoencoder", loss={"kind": "reconstruction"}, lora=None,
-        optim__steps=15, optim__lr=3e-3, data__cache="off",
-    )  # fmt: skip
-    train.run(run)
-    losses = [record["loss"] for record in records(run.output)]
-    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
-    later = config(
-        tmp_path / "later", model, table, task="sft", loss={"kind": "denoising"}, optim__steps=1,
-        model__components={"vae": run.output / "export" / "vae"},
-    )  # fmt: skip
-    task = tasks.make(later, torch.device("cpu"))
-    vae = load_file(run.output / "export" / "vae" / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(task.adapter.vae.quant_conv.weight, vae["quant_conv.weight"])
-    fetched = task.load([(i, 0) for i in range(4)])["fetched"]
-    latents = task.inputs.latents(fetched, [torch.Generator().manual_seed(i) for i in range(4)])
-    assert latents.std().item() == pytest.approx(1, abs=0.1), "the export makes latents white"
-
-
-def test_whitening_changes_latents_and_no_picture() -> None:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=(
-        "DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval()  # fmt: skip
-    vae.quant_conv.bias.data = torch.tensor([3.0, -1, 0, 5, -9, -8, -7, -2])
-    pixels = torch.rand(16, 3, 32, 32) * 2 - 1
-    with torch.no_grad():
-        before = vae.encode(pixels).latent_dist
-        pictures = vae.decode(before.mean).sample
-        autoencoder.whiten(vae, before.mean, before.var)
-        after = vae.encode(pixels).latent_dist
-        torch.testing.assert_close(vae.decode(after.mean).sample, pictures, rtol=0, atol=1e-4)
-    rows = after.mean.double().movedim(1, -1).reshape(-1, 4)
-    assert rows.mean(0).abs().max() < 1e-4
-    covariance = rows.T @ rows / len(rows)
-    # Independent: the change of variables, from one latent vector to the other by least squares.
-    old = before.mean.double().movedim(1, -1).reshape(-1, 4)
-    map_ = torch.linalg.lstsq(torch.cat([old, torch.ones_like(old[:, :1])], 1), rows).solution[:4].T
-    noise = map_ @ before.var.double().mean((0, 2, 3)).diag() @ map_.T
-    torch.testing.assert_close(covariance + noise, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-3)
-    torch.testing.assert_close(after.var[0, :, 0, 0].double(), noise.diagonal(), rtol=1e-3, atol=1e-6)
-    assert vae.config.scaling_factor == 1
 
 
 def test_one_process_may_train_in_two_precisions(model: Path, table: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,8 +40,6 @@ def compare(
 
         mmalign compare runs/base/scores runs/aligned/scores --json
     """
-    from rich.console import Console
-
     from mmalign.compare import compare as compare_runs
 
     comparison = compare_runs(a, b, allow_different=allow_different, pair_by=pair_by)
@@ -51,8 +48,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps(comparison.to_json(), indent=2, ensure_ascii=False))
     else:
-        # In a pipe or a log 80 columns would fold every cell.
-        Console(width=None if sys.stdout.isatty() else 150).print(comparison.table())
+        comparison.show()
 
 
 def report(
