@@ -43,7 +43,8 @@ def generator(folder: Path, count: int, seed: int, overrides: list[str]) -> dict
     pipe = sample.pipeline(config, torch.device("cpu"))
     made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]
     images = [image for _, part in sample.generate(pipe, made, config) for image in part]
-    judged = [fidelity(caption, read(image)) for caption, image in zip(wanted, images, strict=True)]
+    readings = [read(image) for image in images]
+    judged = [fidelity(caption, reading) for caption, reading in zip(wanted, readings, strict=True)]
     texts = [str(caption) for caption in wanted]
     by_count = {
         len_: share([float(f.shape_colour) for f, c in zip(judged, wanted, strict=True) if len(c.items) == len_])
@@ -54,7 +55,7 @@ def generator(folder: Path, count: int, seed: int, overrides: list[str]) -> dict
         "shape_colour": share([float(f.shape_colour) for f in judged], texts),
         "everything_asked": share([float(f.everything) for f in judged], texts),
         "by_number_of_shapes": by_count,
-        "cleanliness": share([read(image).cleanliness for image in images], texts),
+        "cleanliness": share([reading.cleanliness for reading in readings], texts),
     }
 
 

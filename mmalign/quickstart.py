@@ -38,7 +38,7 @@ class Size:
 
     train_prompts: int = 384
     held_out: int = 256
-    steps: int = 120
+    steps: int | None = None  # None: what the config says
 
 
 FULL, SHORT = Size(), Size(train_prompts=24, held_out=16, steps=6)
@@ -64,7 +64,7 @@ def run(output: Path = Path("runs/quickstart"), *, seed: int = 0, short: bool = 
     drawn = _sample(output / "pairs", _prompts(output / "train.jsonl", size.train_prompts, seed, held_out=False), 2)
     _say(2, f"asking the annotator {ANNOTATOR!r} which picture of each pair is better")
     preferences, counts = label(drawn, output / "preferences.jsonl", seed)
-    _say(3, f"Diffusion-DPO on {counts['A'] + counts['B']} pairs, LoRA, {size.steps} steps")
+    _say(3, f"Diffusion-DPO on {counts['A'] + counts['B']} pairs, with a LoRA")
     trained = _train(output / "train", preferences, seed, size.steps)
     _say(4, f"sampling base and aligned model on the same {size.held_out} held-out captions and seeds")
     held_out = _prompts(output / "held_out.jsonl", size.held_out, seed, held_out=True)
@@ -120,14 +120,14 @@ def _sample(output: Path, prompts: Path, per_prompt: int, lora: Path | None = No
     return sample.run(load(SampleConfig, find("configs/shapes/sample.yaml"), overrides))
 
 
-def _train(output: Path, preferences: Path, seed: int, steps: int) -> Path:
+def _train(output: Path, preferences: Path, seed: int, steps: int | None) -> Path:
     overrides = [
         f"output={output}",
         f"data.table={preferences}",
         "data.shapes=null",
         f"seed={seed}",
-        f"optim.steps={steps}",
     ]
+    overrides += [f"optim.steps={steps}"] if steps else []
     return train.run(load(TrainConfig, find("configs/shapes/dpo.yaml"), overrides), resume=True)
 
 

@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -404,20 +403,6 @@ def test_another_failure_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(name="small_disk")
-def _small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"mounting a small disk is not permitted here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount command")
 @pytest.mark.parametrize("where", ["weights", "state"])
 def test_a_disk_that_is_really_full(small_disk: Path, where: str) -> None:
     big, small = torch.rand(100_000), torch.rand(10)
