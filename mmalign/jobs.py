@@ -114,6 +114,7 @@ class Shapes(Strict):
         (0.6, 0.3, 0.1), min_length=1, max_length=3, description="share of one, two and three shapes"
     )
     annotator: str = Field("faithful", description="who judges the pairs, for tasks that need pairs")
+    votes: PositiveInt = Field(1, description="how often each pair is judged; the label is the winner's share of votes")
 
 
 class Data(Strict):

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,6 @@ def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", name="table")
 def _table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of four decided pairs."""
-    sys.path.insert(0, str(Path(__file__).parent))
     from training_kit import preferences
 
     return preferences(tmp_path_factory.mktemp("data"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,10 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from scipy import linalg
+from training_kit import captioned, config, records
 
 from mmalign import tasks, train
 from mmalign.tasks import autoencoder
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training_kit import captioned, config, records
 
 
 def test_an_autoencoder_learns_and_goes_into_a_pipeline(model: Path, tmp_path: Path) -> None:

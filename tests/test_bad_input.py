@@ -14,12 +14,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from training_kit import captioned, preferences, settings
 
 from mmalign import cli
 from mmalign.models import base
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training_kit import captioned, preferences, settings
 
 Train = Callable[..., tuple[int, str]]
 

@@ -4,17 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from plugin_package import install
 
 from mmalign.discovery import evaluator_class, find_evaluators, load_evaluator
 from mmalign.evaluation import Backbones, BackboneSpec, Batch, Evaluator, check_class, resolve_device, subscores
 from mmalign.testing import check_evaluator
-
-sys.path.insert(0, str(Path(__file__).parent))
-from plugin_package import install
 
 SHIPPED = {"hps", "clip_score", "aesthetic"}
 

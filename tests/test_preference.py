@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from training_kit import config, preferences, records
 
 from mmalign import checkpoints, train
 from mmalign.cache import Cache
@@ -22,9 +22,6 @@ from mmalign.records import MediaRef
 from mmalign.tables import PreferenceRow, write_preferences
 from mmalign.tasks.preference import PreferenceTask
 from mmalign.testing.tiny import tiny_sd, tiny_sdxl
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training_kit import config, preferences, records
 
 LN2 = torch.tensor(2.0).log().item()
 CPU = torch.device("cpu")

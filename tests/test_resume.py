@@ -16,12 +16,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from training_kit import config, preferences, records, settings
 
 from mmalign import checkpoints, train
 from mmalign.testing.tiny import tiny_sd
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training_kit import config, preferences, records, settings
 
 STEPS = 24
 COMMAND = [sys.executable, "-m", "mmalign", "train"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from training_kit import PROMPTS
 
 from mmalign import sample
 from mmalign.jobs import SampleConfig
 from mmalign.media import read_image
 from mmalign.media_table import read_media_table
 from mmalign.testing.tiny import tiny_sd, tiny_sdxl
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training_kit import PROMPTS
 
 
 @pytest.fixture(scope="module", name="models")

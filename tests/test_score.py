@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from plugin_package import install
 
 from mmalign import score_store, score_worker
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
@@ -20,9 +20,6 @@ from mmalign.media import write_image, write_video
 from mmalign.results import read_results
 from mmalign.score import run
 from mmalign.score_store import SCHEMA, Store
-
-sys.path.insert(0, str(Path(__file__).parent))
-from plugin_package import install
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from training_kit import PROMPTS, captioned, config, records
 
 from mmalign import checkpoints, runs, tasks, train
 from mmalign.jobs import TrainConfig
 from mmalign.media import read_image
 from mmalign.tasks import finish
 from mmalign.testing.tiny import tiny_sdxl
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training_kit import PROMPTS, captioned, config, records
 
 
 def _newest(run: TrainConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

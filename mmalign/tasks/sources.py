@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from mmalign import tables
 from mmalign.jobs import Data
 from mmalign.paths import find
 from mmalign.shapes.data import drawings, judged_pairs
+
+WORTH_A_POOL = 1000  # pairs; starting processes takes about as long as judging a hundred
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,18 @@ def singles(data: Data) -> tuple[list[Single], str]:
 def pairs(data: Data) -> tuple[list[Any], str]:
     """Preference pairs (`prompt, winner, loser, label, weight, origin`), and the same sentence."""
     if data.shapes:
+        wanted = data.shapes
         found: list[Any] = judged_pairs(
-            data.shapes.scenes, data.shapes.seed, data.shapes.annotator, held_out=data.shapes.held_out
+            wanted.scenes,
+            wanted.seed,
+            wanted.annotator,
+            votes=wanted.votes,
+            held_out=wanted.held_out,
+            processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
         )
         if data.ties == "drop":
             found = [pair for pair in found if pair.label != 0.5]
-        summary = f"drew {data.shapes.scenes} pairs of the shapes world, kept {len(found)}"
+        summary = f"drew {wanted.scenes} pairs of the shapes world, kept {len(found)}"
     else:
         assert data.table is not None
         table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension)

@@ -1,0 +1,211 @@
+"""HPS: published key layouts, exact preprocessing, values against independent arithmetic."""
+
+import clip_reference as reference
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from scorer_kit import PROMPTS, TINY, batch_of, clip_folder, double, pictures
+
+from mmalign.discovery import load_evaluator
+from mmalign.evaluation import Batch, resize_crop, resize_pad
+from mmalign.testing import check_evaluator
+
+# ------------------------------------------------------------------------------------------------ architectures
+
+
+def published_keys(width, layers, text_width, text_layers, embed, tokens, patch=14):
+    """open_clip's CLIP as the published checkpoints name it, from the scorer's card."""
+    keys = {
+        "positional_embedding": (77, text_width),
+        "text_projection": (text_width, embed),
+        "logit_scale": (),
+        "token_embedding.weight": (49408, text_width),
+        "ln_final.weight": (text_width,),
+        "ln_final.bias": (text_width,),
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": (tokens, width),
+        "visual.proj": (width, embed),
+        "visual.conv1.weight": (width, 3, patch, patch),
+        "visual.ln_pre.weight": (width,),
+        "visual.ln_pre.bias": (width,),
+        "visual.ln_post.weight": (width,),
+        "visual.ln_post.bias": (width,),
+    }
+    for prefix, w, depth in (("visual.", width, layers), ("", text_width, text_layers)):
+        for layer in range(depth):
+            name = f"{prefix}transformer.resblocks.{layer}"
+            keys |= {
+                f"{name}.attn.in_proj_weight": (3 * w, w),
+                f"{name}.attn.in_proj_bias": (3 * w,),
+                f"{name}.attn.out_proj.weight": (w, w),
+                f"{name}.attn.out_proj.bias": (w,),
+                f"{name}.mlp.c_fc.weight": (4 * w, w),
+                f"{name}.mlp.c_fc.bias": (4 * w,),
+                f"{name}.mlp.c_proj.weight": (w, 4 * w),
+                f"{name}.mlp.c_proj.bias": (w,),
+            }
+            keys |= {f"{name}.{norm}.{part}": (w,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "heads", "quick"),
+    [
+        ("ViT-H-14", (1280, 32, 1024, 24, 1024, 257), (16, 16), False),
+        ("ViT-L-14-quickgelu", (1024, 24, 768, 12, 768, 257), (16, 12), True),
+        ("ViT-B-32-quickgelu", (768, 12, 512, 12, 512, 50, 32), (12, 8), True),
+    ],
+)
+def test_real_architecture_has_the_published_keys_and_shapes(model, shape, heads, quick):
+    from mmalign.clip_backbone import _parts
+
+    net, tokenizer, preprocess = _parts(model, "meta")
+    assert {key: tuple(value.shape) for key, value in net.state_dict().items()} == published_keys(*shape)
+    assert net.visual.transformer.resblocks[0].attn.num_heads == heads[0]
+    assert net.transformer.resblocks[0].attn.num_heads == heads[1]
+    assert type(net.visual.transformer.resblocks[0].mlp.gelu).__name__ == ("QuickGELU" if quick else "GELU")
+    assert type(net.transformer.resblocks[0].mlp.gelu).__name__ == ("QuickGELU" if quick else "GELU")
+    assert (preprocess.size, tokenizer.context_length, tokenizer.end) == (224, 77, 49407)
+
+
+# ------------------------------------------------------------------------------------------------ preprocessing
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("size", [(224, 150), (150, 224), (300, 500), (517, 224), (100, 61), (224, 224), (1000, 3)])
+def test_pad_to_square_equals_independent_arithmetic(size, antialias):
+    array = pictures([size])[0]
+    expected = reference.pad_square(array, 224, antialias)
+    image = torch.from_numpy(array).permute(2, 0, 1)[None] / torch.tensor(255, dtype=torch.float64)
+    found = resize_pad(image, 224, antialias)
+    assert found.shape == (1, 3, 224, 224)
+    np.testing.assert_allclose(found[0].permute(1, 2, 0).numpy(), expected, atol=1e-9)
+    # float32 rounds the sampling positions too: a hundredth of a grey level.
+    single = resize_pad(image.float(), 224, antialias)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(single, expected, atol=0.02 / 255)
+
+
+def test_antialias_changes_what_the_scorer_sees():
+    image = torch.from_numpy(pictures([(400, 600)])[0]).permute(2, 0, 1)[None].float() / 255
+    difference = (resize_pad(image, 224, False) - resize_pad(image, 224, True)).abs().mean()
+    assert difference > 0.03
+
+
+@pytest.mark.parametrize("size", [(224, 224), (300, 500), (500, 301), (100, 61), (225, 640)])
+def test_crop_follows_pil_within_its_rounding(size):
+    array = pictures([size])[0]
+    height, width = size
+    scale = 224 / min(size)
+    new = (224, int(224 * width / height)) if height <= width else (int(224 * height / width), 224)
+    assert scale and min(new) == 224
+    image = Image.fromarray(array).resize((new[1], new[0]), Image.Resampling.BICUBIC)
+    top, left = round((new[0] - 224) / 2), round((new[1] - 224) / 2)
+    expected = np.asarray(image)[top : top + 224, left : left + 224] / 255
+    found = resize_crop(torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255, 224)[0].permute(1, 2, 0).numpy()
+    assert found.shape == (224, 224, 3)
+    # PIL rounds to 1/255 after the horizontal and after the vertical pass.
+    assert np.abs(found - expected).max() <= 2.01 / 255
+    assert np.abs(found - expected).mean() <= 0.5 / 255
+
+
+# ------------------------------------------------------------------------------------------------ hps
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_hps_equals_independent_float64(tmp_path, version, antialias):
+    name = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}[version]
+    path = clip_folder(tmp_path, name, dtype=torch.float16)
+    evaluator = load_evaluator("hps", {"checkpoint": tmp_path, "version": version, "antialias": antialias}, "cpu")
+    arrays = pictures()
+    state = double(path)
+    pixels = torch.cat([reference.normalise(reference.pad_square(array, 28, antialias)) for array in arrays])
+    texts = reference.encode_text(open_clip.tokenize(PROMPTS), state, heads=2)
+    expected = (reference.encode_image(pixels, state, heads=2) * texts).sum(-1)
+    found = evaluator.score(batch_of(arrays))
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-5)
+    assert np.ptp(expected.numpy()) > 0.05, "the case tells nothing"
+    assert evaluator.truncated(PROMPTS) == [False, False, True, False]
+
+
+def test_hps_reads_the_authors_layout_and_safetensors_alike(tmp_path):
+    clip_folder(tmp_path / "a", "HPS_v2.1_compressed.pt")
+    clip_folder(tmp_path / "b", "HPS_v2.1_compressed.safetensors")
+    batch = batch_of(pictures())
+    one, two = (load_evaluator("hps", {"checkpoint": tmp_path / x}, "cpu").score(batch_of(pictures())) for x in "ab")
+    assert torch.equal(one, two)
+    plain = tmp_path / "plain.json"
+    plain.write_text(__import__("json").dumps(TINY))
+    params = {"checkpoint": tmp_path / "a" / "HPS_v2.1_compressed.pt", "model": str(plain)}
+    assert torch.equal(load_evaluator("hps", params, "cpu").score(batch), one)
+
+
+def test_hps_in_bfloat16_keeps_an_exact_last_step(tmp_path):
+    clip_folder(tmp_path, "HPS_v2.1_compressed.pt")
+    exact = load_evaluator("hps", {"checkpoint": tmp_path}, "cpu").score(batch_of(pictures()))
+    rough = load_evaluator("hps", {"checkpoint": tmp_path}, "cpu", dtype="bfloat16")
+    found = rough.score(batch_of(pictures()))
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float()), "the score was rounded to bfloat16"
+    assert (found - exact).abs().max() < 0.03
+    features = rough.clip.frames(batch_of(pictures()).clips(), rough.resize)
+    assert (features.double().norm(dim=-1) - 1).abs().max() < 1e-6
+
+
+def test_hps_of_a_video_is_the_mean_over_its_frames(tmp_path):
+    clip_folder(tmp_path, "HPS_v2.1_compressed.pt")
+    evaluator = load_evaluator("hps", {"checkpoint": tmp_path}, "cpu")
+    clips = [torch.randint(0, 256, (t, 3, 30, 40), dtype=torch.uint8) for t in (3, 1, 5)]
+    found = evaluator.score(Batch(frames=clips, prompts=PROMPTS[:3]))
+    for clip, prompt, score in zip(clips, PROMPTS, found, strict=False):
+        stills = evaluator.score(Batch(images=list(clip), prompts=[prompt] * len(clip)))
+        assert float(score) == pytest.approx(float(stills.mean()), abs=1e-6)
+
+
+def test_hps_gradient_is_that_of_finite_differences(tmp_path):
+    clip_folder(tmp_path, "HPS_v2.1_compressed.pt")
+    evaluator = load_evaluator("hps", {"checkpoint": tmp_path}, "cpu")
+    evaluator.clip._model.double()
+    evaluator.clip.dtype = torch.float64
+    image = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(evaluator.score_tensor(image.requires_grad_(True), ["a cat"]).sum(), image)
+    direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+    step = 1e-2
+    with torch.no_grad():
+        ends = [evaluator.score_tensor(image + sign * step * direction, ["a cat"]) for sign in (1, -1)]
+    numeric = float(ends[0] - ends[1]) / (2 * step)
+    assert numeric == pytest.approx(float((gradient * direction).sum()), rel=2e-2)
+    assert evaluator.clip._image_projection.grad is None
+
+
+def test_hps_refuses_a_checkpoint_that_does_not_fit(tmp_path):
+    path = clip_folder(tmp_path, "HPS_v2.1_compressed.pt")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    state["visual.proj"] = state["visual.proj"][:, :8]
+    state["extra.weight"] = state.pop("ln_final.bias")
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(
+        ValueError, match=r"missing: ln_final\.bias.*unexpected: extra\.weight.*visual\.proj is \[40, 8\]"
+    ):
+        load_evaluator("hps", {"checkpoint": tmp_path}, "cpu")
+
+
+def test_hps_names_the_missing_file_and_where_to_get_it(tmp_path):
+    with pytest.raises(ValueError, match=r"HPS_v2_compressed\.pt.*xswu/HPSv2.*`checkpoint`"):
+        load_evaluator("hps", {"checkpoint": tmp_path, "version": "v2.0"}, "cpu")
+
+
+def test_mistyped_parameters_are_all_named_at_once():
+    with pytest.raises(ValueError) as error:
+        load_evaluator("hps", {"checkpont": "x", "version": "v3"}, "cpu")
+    text = str(error.value)
+    assert "Did you mean 'checkpoint'?" in text
+    assert "version" in text and "v2.1" in text
+
+
+def test_hps_keeps_the_contract(tmp_path):
+    clip_folder(tmp_path, "HPS_v2.1_compressed.safetensors")
+    check_evaluator("hps", {"checkpoint": tmp_path})
