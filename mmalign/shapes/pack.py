@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,5 +15,9 @@ if __name__ == "__main__":
         source, dtype=torch.float16, local_files_only=True, use_safetensors=True
     )
     pipe.save_pretrained(target)
+    for file in target.rglob("*.json"):  # where the weights lay before is nobody's business, and changes each time
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None):
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
     print(f"{target}: {size / 1e6:.1f} MB of safetensors")
