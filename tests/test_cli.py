@@ -290,7 +290,9 @@ class TestMistakes:
 
     def test_a_real_process_is_interrupted(self, tmp_path: Path) -> None:
         code = (
-            "import sys, time, types, mmalign\n"
+            "import signal, sys, time, types, mmalign\n"
+            # A shell starts background jobs, such as this whole suite, with SIGINT ignored, and children inherit that.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "def run(output, **options):\n    print('ready', flush=True)\n    time.sleep(60)\n"
             "sys.modules['mmalign.quickstart'] = types.SimpleNamespace(run=run)\n"
             "sys.argv = ['mmalign', 'quickstart']\n"
