@@ -91,7 +91,8 @@ def judged_pairs(
     """Pairs in which either picture may be wrong or damaged, judged by a simulated annotator; ties are kept.
 
     `votes`: how often each pair is judged, with fresh noise. `processes` changes how long it takes (about 20 ms a pair
-    in one process, reading the pictures), never the result.
+    in one process, reading the pictures), never the result; from a script with more than one, the call has to be under
+    `if __name__ == "__main__"`, as for any spawned process.
 
     Raises:
         ValueError: no annotator has that name.

@@ -11,7 +11,7 @@ from mmalign.jobs import Data
 from mmalign.paths import find
 from mmalign.shapes.data import drawings, judged_pairs
 
-WORTH_A_POOL = 1000  # pairs; starting processes takes about as long as judging a hundred
+WORTH_A_POOL = 5000  # pairs, a hundred seconds of judging in one process
 
 
 @dataclass(frozen=True)
