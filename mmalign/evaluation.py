@@ -243,13 +243,13 @@ def check_class(value: object, origin: str) -> type[Evaluator] | type[SetEvaluat
     """
     if not (isinstance(value, type) and issubclass(value, (Evaluator, SetEvaluator))):
         raise TypeError(f"{origin}: {value!r} is not a subclass of mmalign.evaluation.Evaluator or SetEvaluator.")
-    method = value.update if issubclass(value, SetEvaluator) else value.score
-    base = SetEvaluator.update if issubclass(value, SetEvaluator) else Evaluator.score
+    abstract = (SetEvaluator.update, SetEvaluator.compute) if issubclass(value, SetEvaluator) else (Evaluator.score,)
+    missing = [method.__name__ for method in abstract if getattr(value, method.__name__) is method]
     media = {"image", "frames"} & set(value.needs)
     problems = [
         text
         for wrong, text in (
-            (method is base, f"{base.__name__}(batch) is not defined"),
+            (missing, f"does not define {' and '.join(missing)}"),
             (set(value.needs) - NEEDS, f"needs {sorted(set(value.needs) - NEEDS)}; known are {sorted(NEEDS)}"),
             (not media, "needs neither 'image' nor 'frames'"),
             (media == {"image"} and "video" in value.modality, "takes videos, so it needs 'frames', not 'image'"),

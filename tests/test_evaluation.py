@@ -10,7 +10,16 @@ import torch
 from plugin_package import install
 
 from mmalign.discovery import evaluator_class, find_evaluators, load_evaluator
-from mmalign.evaluation import Backbones, BackboneSpec, Batch, Evaluator, check_class, resolve_device, subscores
+from mmalign.evaluation import (
+    Backbones,
+    BackboneSpec,
+    Batch,
+    Evaluator,
+    SetEvaluator,
+    check_class,
+    resolve_device,
+    subscores,
+)
 from mmalign.testing import check_evaluator
 
 SHIPPED = {"hps", "clip_score", "aesthetic"}
@@ -73,10 +82,26 @@ def test_contract_names_every_wrong_declaration():
 
     with pytest.raises(TypeError) as error:
         check_class(Wrong, "here")
-    for part in ("score(batch) is not defined", "'sound'", "needs 'frames', not 'image'", "licence", "source"):
+    for part in ("does not define score", "'sound'", "needs 'frames', not 'image'", "licence", "source"):
         assert part in str(error.value)
     with pytest.raises(TypeError, match="not a subclass"):
         check_class(print, "here")
+
+
+def test_a_set_evaluator_has_to_define_both_of_its_methods():
+    class Half(SetEvaluator):
+        needs = {"image"}
+        modality = {"image"}
+        licence = "Apache-2.0"
+        source = "a test"
+
+        def update(self, batch):
+            self.seen = batch
+
+    with pytest.raises(TypeError, match=r"Half breaks the evaluator contract: does not define compute\.$"):
+        check_class(Half, "here")
+    Half.compute = lambda self: 0.0
+    assert check_class(Half, "here") is Half
 
 
 def test_unknown_devices_say_what_is_known():
