@@ -130,7 +130,7 @@ def read_clip_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, 
     """(model_cfg, preprocess_cfg, folder) of a built-in open_clip name, a folder, a JSON file, or a dictionary.
 
     Raises:
-        ValueError: an unknown name, a broken file, or a config that is not a plain CLIP with a vision transformer.
+        ValueError: an unknown name, a broken file, or a config of towers from other libraries.
     """
     import open_clip
 
@@ -160,10 +160,10 @@ def read_clip_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, 
     foreign = [key for key in ("timm_model_name", "attentional_pool") if vision.get(key)]
     foreign += [key for key in ("hf_model_name", "embed_cls") if text.get(key)]
     foreign += [key for key in ("custom_text", "multimodal_cfg") if model_cfg.get(key)]
-    foreign += ["vision_cfg.layers as a list (a ResNet)"] if isinstance(vision.get("layers"), (list, tuple)) else []
     if foreign:
         raise ValueError(
-            f"{config}: only CLIP with its own two transformers is read; this config has {', '.join(foreign)}."
+            f"{config}: only CLIP with its own image tower (ViT or ResNet) and text transformer is read; this config "
+            f"has {', '.join(foreign)}."
         )
     return model_cfg, preprocess_cfg, folder
 
@@ -265,7 +265,8 @@ def save_clip(
         tokenizer.save(folder / "tokenizer")
     config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": list(preprocess.mean), "std": list(preprocess.std)}}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+    tensors = ((name, value.detach().cpu().contiguous()) for name, value in model.state_dict().items())
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors}
     path = folder / file_name
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file

@@ -91,10 +91,8 @@ class ClipBackbone:
         model, self.tokenizer, self.preprocess = load_clip(config, checkpoint)
         self.device, self.dtype = device, dtype
         # Taken out of the model, so that the towers end before the projection and it can stay in float32.
-        self._image_projection = model.visual.proj.detach().to(device)
+        self._project_image, self.width = _take_image_projection(model.visual, device)
         self._text_projection = model.text_projection
-        self.width = int(self._image_projection.shape[1])
-        model.visual.proj = None
         model.text_projection = None
         if self._text_projection is not None:
             self._text_projection = self._text_projection.to(device).requires_grad_(False)
@@ -137,7 +135,7 @@ class ClipBackbone:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         pooled = [self._model.encode_image(chunk.to(self.dtype)).float() for chunk in pixels.split(FORWARD_CHUNK)]
-        return F.normalize(torch.cat(pooled) @ self._image_projection, dim=-1)
+        return F.normalize(self._project_image(torch.cat(pooled)), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit-length features of prompts, float32 [B, D]; each distinct prompt is encoded once."""
@@ -153,6 +151,17 @@ class ClipBackbone:
             features = F.normalize(pooled, dim=-1)
         row = {prompt: index for index, prompt in enumerate(distinct)}
         return features[torch.tensor([row[prompt] for prompt in prompts], device=self.device)]
+
+
+def _take_image_projection(tower: Any, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int]:
+    """The last step of an image tower, in float32, and how many features it gives; the tower then ends before it."""
+    if hasattr(tower, "attnpool"):  # a ResNet's projection is a part of its attention pooling
+        pool = tower.attnpool.requires_grad_(False).to(device)
+        tower.attnpool = torch.nn.Identity()
+        return pool, int(pool.c_proj.out_features)
+    projection = tower.proj.detach().to(device)
+    tower.proj = None
+    return lambda pooled: pooled @ projection, int(projection.shape[1])
 
 
 def load_clip_backbone(

@@ -192,11 +192,17 @@ class Loop:
         if self.accelerator.is_main_process and (self.step % config.validation.every == 0 or final):
             self.task.validate(config.output / "validation", self.step)
 
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the modules: trained parameters, and buffers such as batch norm's statistics."""
+        stored = self.module.state_dict().keys()
+        return {**self.named, **{name: buffer for name, buffer in self.module.named_buffers() if name in stored}}
+
     def save(self) -> None:
         """A checkpoint of this step."""
         if not self.accelerator.is_main_process or self.saved == self.step:
             return
-        broken = [name for name, parameter in self.named.items() if not torch.isfinite(parameter).all()]
+        weights = self.kept()
+        broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
             raise ValueError(
                 f"{len(broken)} tensors hold values that are not finite after step {self.step}, first {broken[0]}, so "
@@ -211,7 +217,7 @@ class Loop:
             "config": self.config.model_dump_json(),
             "facts": json.dumps(runs.versions()),
         }
-        checkpoints.save(self.folder, self.step, dict(self.named), state, self.config.checkpoint.keep)
+        checkpoints.save(self.folder, self.step, weights, state, self.config.checkpoint.keep)
         self.saved = self.step
 
     def restore(self) -> None:
@@ -220,12 +226,13 @@ class Loop:
         if checkpoint is None:
             return
         weights, state = checkpoints.read(checkpoint)
-        if weights.keys() != self.named.keys():
-            odd = sorted(weights.keys() ^ self.named.keys())
-            raise ValueError(f"{checkpoint} does not fit this config: {len(odd)} other parameters, first {odd[0]}")
+        kept = self.kept()
+        if weights.keys() != kept.keys():
+            odd = sorted(weights.keys() ^ kept.keys())
+            raise ValueError(f"{checkpoint} does not fit this config: {len(odd)} other tensors, first {odd[0]}")
         with torch.no_grad():
-            for name, parameter in self.named.items():
-                parameter.copy_(weights[name])
+            for name, value in kept.items():
+                value.copy_(weights[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.ema:
