@@ -108,8 +108,7 @@ def write_sd(folder: Path) -> None:
 def write_clip(folder: Path) -> None:
     """configs/shapes/clip: an open_clip model of 1.6 million parameters for 64x64 pixels, with a ResNet as its tower.
 
-    With a vision transformer of the same cost (three layers of width 96, patches of 8 pixels) it learned captions half
-    as fast, and hardly saw noise (docs/shapes.md).
+    A vision transformer of the same cost learned more slowly; docs/shapes.md has the figures.
     """
     tokenizer = write_tokenizer(folder / "tokenizer")
     model = {
