@@ -91,7 +91,9 @@ class Recipe:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
             reference = self.unet(noisy, t, words.to(self.unet.dtype)).sample
         self.unet.enable_adapters()
-        ours, theirs = ((prediction.float() - eps).pow(2).mean((1, 2, 3)) for prediction in (policy, reference))
+        velocity = self.process.config.prediction_type == "v_prediction"
+        target = self.process.get_velocity(latents, eps, t) if velocity else eps
+        ours, theirs = ((prediction.float() - target).pow(2).mean((1, 2, 3)) for prediction in (policy, reference))
         difference = (ours[:half] - ours[half:]) - (theirs[:half] - theirs[half:])
         return -F.logsigmoid(-KAPPA * self.beta * difference).mean()
 
