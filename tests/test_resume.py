@@ -254,5 +254,5 @@ def test_a_kill_while_the_metrics_are_cut_back_loses_none(begun: Any, monkeypatc
 def test_a_checkpoint_of_another_model_is_refused(begun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read = checkpoints.read
     monkeypatch.setattr(checkpoints, "read", lambda path: ({"other": torch.ones(1)}, read(path)[1]))
-    with pytest.raises(ValueError, match=r"step-00000002 does not fit this config: \d+ other parameters, first "):
+    with pytest.raises(ValueError, match=r"step-00000002 does not fit this config: \d+ other tensors, first "):
         train.run(begun, resume=True)

@@ -60,6 +60,10 @@ def test_the_export_is_a_half_precision_folder_of_open_clip(towers: Path) -> Non
         found = ours.images(images, resize_pad)
         assert found.dtype == torch.float32 and ours.width == found.shape[1] == 96
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+        assert not found.requires_grad, "no weight asks for a gradient"
+        pixels = (images / 255).requires_grad_(True)
+        ours.images(pixels, resize_pad).sum().backward()
+        assert pixels.grad is not None and pixels.grad.abs().sum() > 0
 
 
 def test_resuming_brings_back_the_statistics_of_batch_norm(towers: Path, tmp_path: Path) -> None:
