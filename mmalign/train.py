@@ -1,7 +1,7 @@
 """The training loop, once, for every task, model and objective.
 
 Everything random in step s is seeded by (seed, s, ...) or by the item it belongs to, never by what ran before.
-So a resumed run needs only weights, optimiser, schedule, EMA and the step, and ends in the same bytes.
+So a resumed run needs only weights, buffers, optimiser, schedule, EMA and the step, and ends in the same bytes.
 """
 
 from __future__ import annotations

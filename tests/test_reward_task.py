@@ -55,7 +55,7 @@ def test_the_export_is_a_half_precision_folder_of_open_clip(towers: Path) -> Non
     )
     with torch.no_grad():
         wanted = theirs.encode_image(images / 127.5 - 1, normalize=True)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-3)):
         ours = ClipBackbone(towers / "export", towers / "export" / FILE, torch.device("cpu"), dtype)
         found = ours.images(images, resize_pad)
         assert found.dtype == torch.float32 and ours.width == found.shape[1] == 96
