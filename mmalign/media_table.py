@@ -48,7 +48,7 @@ _ALIASES = {"file_name": "media", "text": "prompt"}  # what Hugging Face image f
 
 
 def read_media_table(path: str | Path, root: str | Path | None = None) -> list[MediaRow]:
-    """The rows of a .jsonl, .json or .parquet media table, or of a folder with `metadata.jsonl` (or `.parquet`) in it.
+    """The rows of a .jsonl, .json, .csv or .parquet media table, or of a folder with `metadata.jsonl` (or such) in it.
 
     Only `media` is needed. Relative paths start at `root` (default: the table's folder) and come back absolute; without
     `sample` the path as written is the sample; without `modality` it goes by the file's suffix; columns that the table
@@ -78,7 +78,7 @@ def _table_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    for name in ("metadata.jsonl", "metadata.parquet"):
+    for name in ("metadata.jsonl", "metadata.parquet", "metadata.csv"):
         if (path / name).is_file():
             return path / name
     raise ValueError(f"{path} is a folder without metadata.jsonl; add one with a line per file: media, prompt")
@@ -251,7 +251,10 @@ def _filled(table: Path) -> Iterator[tuple[str, Iterable[str]]]:
         return
     records = read_records(table)  # refuses what is missing, cut off or empty
     if table.suffix.lower() != ".parquet":
-        yield from ((name, ()) for record in records for name, value in record.values.items() if value is not None)
+        for record in records:
+            for name, value in record.values.items():
+                if value is not None:
+                    yield name, _aux(value, record.origin) if name == "aux" else ()
         return
     file = open_parquet(table)
     for name in records.columns:

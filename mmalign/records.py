@@ -1,4 +1,4 @@
-"""Rows from JSONL, JSON and parquet files with their origin, and references to media that are read when needed."""
+"""Rows from JSONL, JSON, CSV and parquet files with their origin, and references to media that are read when needed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
 from mmalign.source import MediaError, read_bytes
@@ -187,7 +188,7 @@ class Records:
 
 
 def read_records(path: str | Path, root: str | Path | None = None) -> Records:
-    """Open a .jsonl, .json (a list) or .parquet table, or a folder of .parquet files read in the order of their names.
+    """Open a .jsonl, .json (a list), .csv, .tsv or .parquet table, or a folder of .parquet files in the order of names.
 
     `root` is where relative media paths start (default: the table's folder). Media inside parquet is never loaded here.
     ValueError when the file is missing, empty, of another kind, or not what its name says (with line and column).
@@ -208,8 +209,12 @@ def read_records(path: str | Path, root: str | Path | None = None) -> Records:
         rows = [Record(values, f"{path.name} line {n}", path, n, base) for n, values in json_lines(path)]
     elif path.suffix.lower() == ".json":
         rows = [Record(values, f"{path.name} row {n}", path, n, base) for n, values in enumerate(_json_list(path))]
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        rows = [Record(values, f"{path.name} row {n}", path, n, base) for n, values in enumerate(_csv_rows(path))]
     else:
-        raise ValueError(f"{path}: a table ends in .jsonl, .json or .parquet, not {path.suffix or 'nothing'!r}")
+        raise ValueError(
+            f"{path}: a table ends in .jsonl, .json, .csv, .tsv or .parquet, not {path.suffix or 'nothing'!r}"
+        )
     if not rows:
         raise ValueError(f"{path} holds no rows; was it written by a run that stopped early?")
     return Records(path, tuple(dict.fromkeys(key for row in rows for key in row.values)), rows)
@@ -243,6 +248,31 @@ def _json_list(path: Path) -> list[dict[str, Any]]:
     if not isinstance(content, list):
         raise ValueError(f"{path} holds one {type(content).__name__}, not a list of objects")
     return [_object(item, f"{path} row {number}") for number, item in enumerate(content)]
+
+
+_TEXT = ("sample", "prompt", "text", "media", "file_name", "reference", "modality", "group", "model", "aux", "user_id")
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """Columns of `_TEXT` stay text ("007" is a name, not 7); others become numbers where every cell is one."""
+    if not path.stat().st_size:
+        return []
+    try:
+        table = pc.read_csv(
+            path,
+            parse_options=pc.ParseOptions(
+                delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True
+            ),
+            convert_options=pc.ConvertOptions(
+                column_types=dict.fromkeys(_TEXT, pa.string()), null_values=[""], strings_can_be_null=True
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: {error}; quote cells that hold separators or quotes, save it as UTF-8") from None
+    for name, kind in zip(table.column_names, table.schema.types, strict=True):
+        if pa.types.is_binary(kind):
+            raise ValueError(f"{path}: column {name} is not UTF-8 text; save it as UTF-8")
+    return table.to_pylist()
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

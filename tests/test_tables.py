@@ -54,6 +54,55 @@ def test_media_tables_round_trip_exactly(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_csv_as_a_spreadsheet_writes_it(tmp_path: Path) -> None:
+    put_images(tmp_path, "a.png", "b.png")
+    head, first_row = (
+        "file_name,text,sample,seed,fps,score\r\n",
+        'a.png,"two ""red"" squares,\nand a dot",007,3,,0.5\r\n',
+    )
+    text = head + first_row + "b.png,42,008,,24,1\r\n"
+    (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "t.tsv").write_text(
+        text.replace("squares,", "squares;").replace(",", "\t").replace("squares;", "squares,")
+    )
+    first, second = read_media_table(tmp_path)
+    assert first == MediaRow(
+        "007", 'two "red" squares,\nand a dot', str(tmp_path / "a.png"), seed=3, aux={"score": 0.5}
+    )
+    assert second == MediaRow("008", "42", str(tmp_path / "b.png"), fps=24.0, aux={"score": 1.0})
+    assert read_media_table(tmp_path / "t.tsv") == [first, second]
+    assert columns(tmp_path / "t.tsv") == {"media", "prompt", "sample", "seed", "fps", "aux.score"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"media,prompt\na.png,red, round\n", "Expected 2 columns, got 3.*quote cells"),
+        (b"media,prompt\na.png,r\xff\n", "UTF-8"),
+        (b"media,note\na.png,r\xff\n", "note is not UTF-8"),
+        (b"media,prompt\n", "holds no rows"),
+        (b"", "holds no rows"),
+        (b"medai,prompt\na.png,red\n", "Did you mean 'medai'"),
+    ],
+)
+def test_csv_that_is_not_one(tmp_path: Path, text: bytes, words: str) -> None:
+    (tmp_path / "t.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=words):
+        read_media_table(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_keys_of_aux_count_as_columns_in_every_format(tmp_path: Path, suffix: str) -> None:
+    rows = {
+        "json": '[{"media": "a.png", "aux": {"color": "red"}}]',
+        "jsonl": '{"media": "a.png", "aux": {"color": "red"}}\n',
+        "csv": 'media,aux\na.png,"{""color"": ""red""}"\n',
+    }
+    (tmp_path / f"t.{suffix}").write_text(rows[suffix])
+    assert columns(tmp_path / f"t.{suffix}") == {"media", "aux", "aux.color"}
+    assert read_media_table(tmp_path / f"t.{suffix}")[0].aux == {"color": "red"}
+
+
 @pytest.mark.parametrize("name", ["table.jsonl", "table.parquet"])
 def test_a_moved_folder_keeps_its_media(tmp_path: Path, name: str) -> None:
     put_images(tmp_path / "old", "images/a.png")
@@ -132,7 +181,7 @@ BAD_TABLES: dict[str, tuple[str, str, str]] = {
     "aux": ("t.jsonl", '{"media": "a", "aux": 3}', "aux is 3, not an object"),
     "twice": ("t.jsonl", '{"media": "a"}\n{"media": "a"}', "line 2: sample 'a' is also t.jsonl line 1"),
     "no parquet": ("t.parquet", "PAR1 no", "is not a whole parquet file"),
-    "suffix": ("t.txt", "a", r"ends in \.jsonl, \.json or \.parquet, not '\.txt'"),
+    "suffix": ("t.txt", "a", r"ends in \.jsonl, \.json, \.csv, .*, not '\.txt'"),
 }
 
 
