@@ -260,7 +260,7 @@ class SampleConfig(Strict):
 
     model: Model
     prompts: Path = Field(
-        description="text file (a prompt per line), or a JSONL/parquet table with `prompt` and perhaps `seed`"
+        description="text file (a prompt per line), or a JSONL, CSV or parquet table with `prompt` and perhaps `seed`"
     )
     output: Path = Field(description="folder: images/ and table.jsonl")
     per_prompt: PositiveInt = Field(1, description="pictures for each prompt, with consecutive seeds")
@@ -270,8 +270,8 @@ class SampleConfig(Strict):
     negative_prompt: str = ""
     height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     width: PositiveInt | None = None
-    scheduler: Literal["own", "ddim", "dpm++", "euler"] = Field(
-        "own", description="own: the one in the checkpoint folder"
+    scheduler: Literal["own", "ddim", "dpm++", "dpm++sde", "euler"] = Field(
+        "own", description="own: the one in the checkpoint folder; dpm++sde adds noise at each step"
     )
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

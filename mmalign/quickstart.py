@@ -36,7 +36,7 @@ _console = Console(stderr=True)
 class Size:
     """How much is done. `train_prompts` get two pictures each; `held_out` prompts compare base and aligned model."""
 
-    train_prompts: int = 384
+    train_prompts: int = 256
     held_out: int = 256
     steps: int | None = None  # None: what the config says
 

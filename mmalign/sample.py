@@ -118,14 +118,22 @@ def run(config: SampleConfig) -> Path:
     return folder / "table.jsonl"
 
 
+_SCHEDULERS: dict[str, tuple[str, dict[str, str]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+}
+
+
 def pipeline(config: SampleConfig, device: torch.device) -> Any:
     """The diffusers pipeline that a config asks for: its model, with its LoRA, under its scheduler."""
     pipe = base.load(config.model, device=device, dtype=_DTYPES[config.dtype]).pipeline()
     if config.scheduler != "own":
         import diffusers
 
-        names = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}
-        pipe.scheduler = getattr(diffusers, names[config.scheduler]).from_config(pipe.scheduler.config)
+        name, settings = _SCHEDULERS[config.scheduler]
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
     return pipe
 
 

@@ -103,6 +103,13 @@ def test_a_bad_seed_is_named(models: dict[str, Path], tmp_path: Path, seed: Any)
         sample.requests(_config(models["sd"], file, tmp_path / "out"))
 
 
+def test_prompts_from_a_spreadsheet(models: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text('prompt,seed\n"a red circle, large",7\na cross,\n')
+    found = sample.requests(_config(models["sd"], file, tmp_path / "out"))
+    assert [(r.prompt, r.seed) for r in found] == [("a red circle, large", 7), ("a cross", 0)]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -112,7 +119,7 @@ def test_a_bad_seed_is_named(models: dict[str, Path], tmp_path: Path, seed: Any)
         ("empty.jsonl", "", r"empty\.jsonl holds no rows"),
         ("other.jsonl", '{"promt": "a"}\n', r"no column prompt, which a table of prompts needs; .* are promt\."),
         ("null.jsonl", '{"prompt": null}\n', r"null\.jsonl line 1: the prompt is None; give text"),
-        ("prompts.csv", "prompt\na\n", r"a table ends in \.jsonl, \.json or \.parquet"),
+        ("prompts.xlsx", "prompt\na\n", r"a table ends in \.jsonl, \.json, \.csv, "),
     ],
 )  # fmt: skip
 def test_bad_prompts_are_named(
@@ -194,13 +201,26 @@ def test_files_count_by_content(models: dict[str, Path], prompts: Path, tmp_path
         sample.run(_config(model, prompts, out, limit=1))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "dpm++sde", "euler"])
 def test_schedulers(models: dict[str, Path], prompts: Path, tmp_path: Path, scheduler: str) -> None:
     own = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "own", limit=1, steps=4)))
     other = _pictures(
         sample.run(_config(models["sd"], prompts, tmp_path / "other", limit=1, steps=4, scheduler=scheduler))
     )
     assert not np.array_equal(own["000000-0"], other["000000-0"])
+
+
+def test_a_scheduler_that_draws_noise_draws_it_per_picture(
+    models: dict[str, Path], prompts: Path, tmp_path: Path
+) -> None:
+    arguments = {"steps": 4, "scheduler": "dpm++sde"}
+    one = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "1", batch_size=1, **arguments)))
+    many = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "3", batch_size=3, **arguments)))
+    assert one.keys() == many.keys() and len(one) > 2
+    for name, picture in one.items():
+        assert np.abs(picture.astype(int) - many[name]).max() <= 1, name
+    plain = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "o", steps=4, scheduler="dpm++")))
+    assert any(np.abs(picture.astype(int) - plain[name]).max() > 1 for name, picture in one.items())
 
 
 def test_size(models: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
