@@ -7,6 +7,7 @@ tests are the runner's work, so that a score cannot depend on the number of proc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,7 +185,7 @@ class _Declared:
         return cls.score_range
 
 
-class Evaluator(_Declared):
+class Evaluator(_Declared, ABC):
     """Scores each item by itself.
 
     A subclass states:
@@ -204,12 +205,12 @@ class Evaluator(_Declared):
 
     differentiable: ClassVar[bool] = False
 
+    @abstractmethod
     def score(self, batch: Batch) -> Scores:
         """Scores of a batch: float [B], or a dictionary of named sub-scores [B].
 
         An item's score must not depend on the other items. NaN stands for "cannot be scored" and becomes an error row.
         """
-        raise NotImplementedError(f"{type(self).__name__} has to define score(batch).")
 
     def score_tensor(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores with a gradient: images float [B, 3, H, W] in [0, 1], prompts [B] -> float32 [B].
@@ -223,16 +224,16 @@ class Evaluator(_Declared):
         return None
 
 
-class SetEvaluator(_Declared):
+class SetEvaluator(_Declared, ABC):
     """Scores a whole set at once, such as a Fréchet distance; declared as an `Evaluator` is, never differentiable."""
 
+    @abstractmethod
     def update(self, batch: Batch) -> None:
         """Take a batch into the statistics; the order of batches must not matter."""
-        raise NotImplementedError(f"{type(self).__name__} has to define update(batch).")
 
+    @abstractmethod
     def compute(self) -> float | dict[str, float]:
         """The score of everything seen, or named sub-scores."""
-        raise NotImplementedError(f"{type(self).__name__} has to define compute().")
 
 
 def check_class(value: object, origin: str) -> type[Evaluator] | type[SetEvaluator]:
@@ -243,8 +244,9 @@ def check_class(value: object, origin: str) -> type[Evaluator] | type[SetEvaluat
     """
     if not (isinstance(value, type) and issubclass(value, (Evaluator, SetEvaluator))):
         raise TypeError(f"{origin}: {value!r} is not a subclass of mmalign.evaluation.Evaluator or SetEvaluator.")
-    abstract = (SetEvaluator.update, SetEvaluator.compute) if issubclass(value, SetEvaluator) else (Evaluator.score,)
-    missing = [method.__name__ for method in abstract if getattr(value, method.__name__) is method]
+    missing = sorted(value.__abstractmethods__)
+    if issubclass(value, Evaluator) and value.differentiable and value.score_tensor is Evaluator.score_tensor:
+        missing.append("score_tensor, which a differentiable one has")
     media = {"image", "frames"} & set(value.needs)
     problems = [
         text

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,29 +250,39 @@ def _json_list(path: Path) -> list[dict[str, Any]]:
     return [_object(item, f"{path} row {number}") for number, item in enumerate(content)]
 
 
+# What tables call names and texts; without this a CSV's sample "007" would be read as 7.
 _TEXT = ("sample", "prompt", "text", "media", "file_name", "reference", "modality", "group", "model", "aux", "user_id")
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    """Columns of `_TEXT` stay text ("007" is a name, not 7); others become numbers where every cell is one."""
+    """Numbers where every cell of a column is one and its name is not in `_TEXT`; all else is text, also dates."""
     if not path.stat().st_size:
         return []
     try:
-        table = pc.read_csv(
-            path,
-            parse_options=pc.ParseOptions(
-                delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True
-            ),
-            convert_options=pc.ConvertOptions(
-                column_types=dict.fromkeys(_TEXT, pa.string()), null_values=[""], strings_can_be_null=True
-            ),
-        )
+        table = _csv_table(path, _TEXT)
+        other = [each.name for each in table.schema if not (_is_number(each.type) or pa.types.is_null(each.type))]
+        table = _csv_table(path, (*_TEXT, *other))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: {error}; quote cells that hold separators or quotes, save it as UTF-8") from None
-    for name, kind in zip(table.column_names, table.schema.types, strict=True):
-        if pa.types.is_binary(kind):
-            raise ValueError(f"{path}: column {name} is not UTF-8 text; save it as UTF-8")
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} has two columns called {twice[0]}; rename or remove one")
     return table.to_pylist()
+
+
+def _csv_table(path: Path, text: Iterable[str]) -> pa.Table:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    return pc.read_csv(
+        path,
+        parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pc.ConvertOptions(
+            column_types=dict.fromkeys(text, pa.string()), null_values=[""], strings_can_be_null=True
+        ),
+    )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

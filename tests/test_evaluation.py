@@ -100,8 +100,28 @@ def test_a_set_evaluator_has_to_define_both_of_its_methods():
 
     with pytest.raises(TypeError, match=r"Half breaks the evaluator contract: does not define compute\.$"):
         check_class(Half, "here")
-    Half.compute = lambda self: 0.0
-    assert check_class(Half, "here") is Half
+
+    class Whole(Half):
+        def compute(self):
+            return 0.0
+
+    assert check_class(Whole, "here") is Whole
+
+
+def test_a_differentiable_evaluator_has_to_define_score_tensor():
+    class Flat(Evaluator):
+        needs = {"image"}
+        modality = {"image"}
+        licence = "Apache-2.0"
+        source = "a test"
+
+        def score(self, batch):
+            return torch.zeros(len(batch))
+
+    assert check_class(Flat, "here") is Flat
+    Flat.differentiable = True
+    with pytest.raises(TypeError, match="does not define score_tensor, which a differentiable one has"):
+        check_class(Flat, "here")
 
 
 def test_unknown_devices_say_what_is_known():

@@ -79,7 +79,8 @@ def test_csv_as_a_spreadsheet_writes_it(tmp_path: Path) -> None:
     [
         (b"media,prompt\na.png,red, round\n", "Expected 2 columns, got 3.*quote cells"),
         (b"media,prompt\na.png,r\xff\n", "UTF-8"),
-        (b"media,note\na.png,r\xff\n", "note is not UTF-8"),
+        (b"media,note\na.png,r\xff\n", "UTF-8"),
+        (b"media,note,note\na.png,x,y\n", "two columns called note"),
         (b"media,prompt\n", "holds no rows"),
         (b"", "holds no rows"),
         (b"medai,prompt\na.png,red\n", "Did you mean 'medai'"),
@@ -89,6 +90,14 @@ def test_csv_that_is_not_one(tmp_path: Path, text: bytes, words: str) -> None:
     (tmp_path / "t.csv").write_bytes(text)
     with pytest.raises(ValueError, match=words):
         read_media_table(tmp_path / "t.csv")
+
+
+def test_a_csv_holds_numbers_and_text_alone(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("media,day,good,n\na.png,2026-11-21,true,\nb.png,2026-11-22,false,2\n")
+    assert [row.aux for row in read_media_table(tmp_path / "t.csv")] == [
+        {"day": "2026-11-21", "good": "true"},
+        {"day": "2026-11-22", "good": "false", "n": 2},
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
