@@ -132,8 +132,10 @@ def test_lossy_clips_keep_size_and_colour(tmp_path: Path, size: tuple[int, int])
     assert clip.frames.shape == frames.shape and clip.fps == pytest.approx(29.97)
     assert (clip.frames.int() - frames.int()).abs().max() <= 3  # a wrong colour matrix or range is off by 10 and more
     first = (tmp_path / "a.mp4").read_bytes()
-    write_video(tmp_path / "a.mp4", frames, 29.97)
-    assert (tmp_path / "a.mp4").read_bytes() == first
+    for _ in range(10):
+        write_video(tmp_path / "a.mp4", frames, 29.97)
+        assert (tmp_path / "a.mp4").read_bytes() == first
+        read_video(tmp_path / "a.mp4")  # leaves the heap in another state, which x264's AVX-512 code let through
 
 
 @pytest.mark.parametrize("plan", [AllFrames(), Uniform(5), Uniform(1), Uniform(40), EveryFps(3.0)])
