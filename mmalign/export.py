@@ -1,146 +1,65 @@
-"""Turn a trained UNet into files that other tools load: LoRA for diffusers and ComfyUI, full pipeline, model card.
+"""Turn a trained denoiser into files that other tools load: LoRA for diffusers and ComfyUI, full pipeline, model card.
 
-Two names exist for every module of a UNet, and three programs that have to agree on them:
-
-- diffusers reads ``unet.<module>.lora_A.weight`` from ``pytorch_lora_weights.safetensors``, with rank and alpha from
-  the ``lora_adapter_metadata`` entry of the file's header (``diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY``).
-- kohya-ss/sd-scripts (``networks/lora.py``) joins ``lora_unet_`` and the module's path with underscores, and stores
-  ``lora_down``, ``lora_up`` and a scalar ``alpha``; the update is ``alpha / rank * up @ down``. For SD 1.x and 2.x the
-  path is that of the diffusers UNet (``down_blocks_0_attentions_0_...``), for SDXL that of the original
-  latent-diffusion UNet (``input_blocks_4_1_...``; the same file's ``get_block_index``).
-- ComfyUI (``comfy/lora.py``, ``model_lora_keys_unet``) accepts both spellings for both families, its table of
-  equivalents being ``unet_to_diffusers`` in ``comfy/utils.py``. So the files here keep to what kohya publishes.
-
-``convert_state_dict_to_kohya`` of diffusers is not used: it writes ``alpha = rank`` whatever alpha was, and diffusers
-names for SDXL too.
+Diffusers reads ``unet.<module>.lora_A.weight`` or ``transformer.<module>.lora_A.weight`` from
+``pytorch_lora_weights.safetensors``, with rank and alpha from the ``lora_adapter_metadata`` entry of the file's header
+(``diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY``). ComfyUI (``comfy/lora.py``) reads kohya's names for a UNet
+(`mmalign.kohya`), and diffusers' names with an ``alpha`` beside them for the transformers that it knows.
 """
 
+from __future__ import annotations
+
 import json
-import math
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import diffusers
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from safetensors import safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 
+from mmalign import kohya
+from mmalign.models.base import pipeline_name
 from mmalign.models.checkpoint import check_folder
 
-Family = Literal["sd", "sdxl"]
-
-_PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
-_PEFT_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_KOHYA_KEY = re.compile(r"(?P<module>lora_unet_[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
-_KOHYA_PARTS = {"A": "lora_down.weight", "B": "lora_up.weight"}
-
-# Modules outside of the blocks, and the insides of a residual block: diffusers name -> latent-diffusion name.
-_LDM_TOP = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_LDM_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-_LDM_MIDDLE = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}
-_BLOCK = re.compile(
-    r"(?:(?P<side>down|up)_blocks\.(?P<block>\d+)|mid_block)\."
-    r"(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<layer>\d+)\.(?P<rest>.+)"
-)
-
-
-def ldm_name(module: str, unet_config: Mapping[str, Any]) -> str:
-    """Name a module of a diffusers UNet as the original latent-diffusion UNet does.
-
-    With L layers per block, ``down_blocks.b.*.j`` is ``input_blocks.(1 + b(L+1) + j)`` and ``up_blocks.b.*.j`` is
-    ``output_blocks.(b(L+1) + j)``; within one, the residual block is 0, the attention 1, and an upsampler comes after
-    them. Source: ``unet_to_diffusers`` in ComfyUI's ``comfy/utils.py``.
-
-    Args:
-        module: dotted path, for example ``down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q``.
-        unet_config: the UNet's configuration; ``layers_per_block`` and ``up_block_types`` are read.
-
-    Returns:
-        Dotted path, for example ``input_blocks.4.1.transformer_blocks.0.attn1.to_q``.
-
-    Raises:
-        ValueError: the module has no counterpart, or the blocks differ in their number of layers.
-    """
-    if module in _LDM_TOP:
-        return _LDM_TOP[module]
-    layers = unet_config["layers_per_block"]
-    match = _BLOCK.fullmatch(module)
-    if match is None or not isinstance(layers, int):
-        raise ValueError(
-            f"'{module}' has no name in the latent-diffusion UNet (layers_per_block is {layers}), so there is no kohya "
-            "file for it; take it out of the LoRA targets, or export for diffusers alone with kohya=False."
-        )
-    side, kind, layer = match["side"], match["kind"], int(match["layer"])
-    rest = _LDM_RESNET.get(match["rest"], match["rest"]) if kind == "resnets" else match["rest"]
-    if side is None:
-        return f"middle_block.{_LDM_MIDDLE[kind, layer]}.{rest}"
-    first = int(match["block"]) * (layers + 1)
-    if kind == "downsamplers":
-        return f"input_blocks.{1 + first + layers}.0.{rest.replace('conv', 'op')}"
-    if kind == "upsamplers":
-        inner = 2 if "CrossAttn" in unet_config["up_block_types"][int(match["block"])] else 1
-        return f"output_blocks.{first + layers}.{inner}.{rest}"
-    inner = 1 if kind == "attentions" else 0
-    return (
-        f"input_blocks.{1 + first + layer}.{inner}.{rest}"
-        if side == "down"
-        else (f"output_blocks.{first + layer}.{inner}.{rest}")
-    )
-
-
-def kohya_name(module: str, family: Family, unet_config: Mapping[str, Any]) -> str:
-    """Name a UNet module as a published kohya file of this family does, for example ``lora_unet_mid_block_...``."""
-    path = ldm_name(module, unet_config) if family == "sdxl" else module
-    return "lora_unet_" + path.replace(".", "_")
+UNETS = ("sd", "sdxl")
 
 
 def export_lora(
     adapter_state: Mapping[str, Tensor],
     config: LoraConfig,
-    family: Family,
-    unet_config: Mapping[str, Any],
+    family: str,
+    denoiser_config: Mapping[str, Any],
     output: str | Path,
     *,
     name: str = "mmalign",
-    kohya: bool = True,
+    comfyui: bool = True,
 ) -> list[Path]:
-    """Write a LoRA of the UNet for diffusers and for ComfyUI.
+    """Write a LoRA of a denoiser for diffusers and for ComfyUI.
 
+    A family whose pipeline loads no LoRA also gets the files of PEFT.
     ``<output>/pytorch_lora_weights.safetensors`` loads with ``pipe.load_lora_weights(output)``, and
-    ``<output>/comfyui/<name>.safetensors`` with ComfyUI, sd-scripts, AUTOMATIC1111 and diffusers. Both keep the tensors
-    as they are and carry the scale beside them, so nothing is rounded when alpha differs from the rank. Two limits are
-    the readers': a diffusers too old for adapter metadata takes alpha for the rank (give it the second file), and
-    diffusers (seen in 0.42) drops alphas that differ between the modules of a kohya file (give it the first one).
+    ``<output>/comfyui/<name>.safetensors`` with ComfyUI; that of a UNet also with sd-scripts, AUTOMATIC1111 and
+    diffusers. Both keep the tensors as they are and carry the scale beside them, so nothing is rounded when alpha
+    differs from the rank. Two limits are the readers': a diffusers too old for adapter metadata takes alpha for the
+    rank (give it the second file), and diffusers (seen in 0.42) drops alphas that differ between the modules of a kohya
+    file (give it the first one).
 
     Args:
-        adapter_state: as ``get_peft_model_state_dict(unet)`` gives it: ``<module>.lora_A.weight`` of shape [r, in] (or
-            [r, in, k, k]) and ``<module>.lora_B.weight`` of shape [out, r] (or [out, r, 1, 1]).
+        adapter_state: as ``get_peft_model_state_dict(denoiser)`` gives it: ``<module>.lora_A.weight`` of shape [r, in]
+            (or [r, in, k, k]) and ``<module>.lora_B.weight`` of shape [out, r] (or [out, r, 1, 1]).
         config: the adapter's ``LoraConfig``; ``r``, ``lora_alpha``, their patterns and ``use_rslora`` are read.
-        family: ``"sd"`` for SD 1.x and 2.x, ``"sdxl"``.
-        unet_config: ``pipe.unet.config``; read for the block numbers of SDXL.
+        family: a name in ``mmalign.jobs.FAMILIES``; ``"sd"`` and ``"sdxl"`` have a UNet, the others a transformer.
+        denoiser_config: the denoiser's ``config``; read for the block numbers of SDXL.
         output: folder to write into.
         name: file name, without suffix, of the ComfyUI file.
-        kohya: write the ComfyUI file.
+        comfyui: write the ComfyUI file.
 
     Returns:
         The files written.
@@ -148,99 +67,79 @@ def export_lora(
     Raises:
         ValueError: a tensor is no plain LoRA weight (DoRA, biases), one of a pair is missing, or the adapter is empty.
     """
-    pairs = _pairs(adapter_state)
-    scales = {module: _alpha(module, down.shape[0], config) for module, (down, _) in pairs.items()}
-    folder = Path(output)
+    pairs = kohya.pairs_of(adapter_state)
+    scales = {module: kohya.alpha_of(module, down.shape[0], config) for module, (down, _) in pairs.items()}
+    unet = family in UNETS
+    prefix = "unet" if unet else "transformer"
     # The kohya names are made first: a module that has none fails before anything is written.
-    named = {module: kohya_name(module, family, unet_config) for module in pairs} if kohya else {}
-    _PIPELINES[family].save_lora_weights(
-        save_directory=str(folder),
-        unet_lora_layers={
-            f"{module}.lora_{part}.weight": tensor
-            for module, pair in pairs.items()
-            for part, tensor in zip("AB", pair, strict=True)
-        },
-        unet_lora_adapter_metadata=_metadata(pairs, scales),
-    )
-    written = [folder / "pytorch_lora_weights.safetensors"]
-    with safe_open(written[0], "pt") as file:
-        header = file.metadata()
-    _save(load_file(written[0]), written[0], header)
-    if kohya:
-        tensors: dict[str, Tensor] = {}
+    named = {module: _comfyui_name(module, family, denoiser_config) for module in pairs} if comfyui else {}
+    tensors = {
+        f"{prefix}.{module}.lora_{part}.weight": tensor
+        for module, pair in pairs.items()
+        for part, tensor in zip("AB", pair, strict=True)
+    }
+    settings = {f"{prefix}.{key}": value for key, value in kohya.metadata(pairs, scales).items()}
+    header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    folder = Path(output)
+    written = [_save(tensors, folder / "pytorch_lora_weights.safetensors", header)]
+    if not _loads_lora(family):
+        written += _save_peft(pairs, config, folder)
+    if comfyui:
+        parts = kohya.KOHYA_PARTS if unet else {"A": "lora_A.weight", "B": "lora_B.weight"}
+        tensors = {}
         for module, pair in pairs.items():
             for part, tensor in zip("AB", pair, strict=True):
-                tensors[f"{named[module]}.{_KOHYA_PARTS[part]}"] = tensor
+                tensors[f"{named[module]}.{parts[part]}"] = tensor
             tensors[f"{named[module]}.alpha"] = torch.tensor(scales[module], dtype=torch.float32)
-        written.append(_save(tensors, folder / "comfyui" / f"{name}.safetensors", _kohya_header(pairs, scales)))
+        header = kohya.kohya_header(pairs, scales) if unet else {"format": "pt"}
+        written.append(_save(tensors, folder / "comfyui" / f"{name}.safetensors", header))
     return written
 
 
-def import_kohya(path: str | Path, unet: nn.Module) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Read a kohya / ComfyUI LoRA file as a PEFT adapter of a diffusers UNet.
+def _loads_lora(family: str) -> bool:
+    """Whether the family's pipeline has a loader of LoRA files; PixArt-Sigma's has none, and PEFT loads its LoRA."""
+    return hasattr(getattr(diffusers, pipeline_name(family)), "load_lora_weights")
 
-    Both spellings of the module names are understood, whatever the family, since they are looked up among the UNet's
-    own modules. A module without an ``alpha`` has alpha equal to its rank, as in sd-scripts.
 
-    Args:
-        path: safetensors file.
-        unet: the ``UNet2DConditionModel`` that the LoRA is for, with or without an adapter; it is not changed.
+def _save_peft(pairs: Mapping[str, tuple[Tensor, Tensor]], config: LoraConfig, folder: Path) -> list[Path]:
+    """The two files that `PeftModel.from_pretrained` reads; written by hand since PEFT's own vary from run to run."""
+    tensors = {
+        f"base_model.model.{module}.lora_{part}.weight": tensor
+        for module, pair in pairs.items()
+        for part, tensor in zip("AB", pair, strict=True)
+    }
+    settings = {**config.to_dict(), "inference_mode": True}
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True, default=sorted) + "\n")  # sets in order
+    return [_save(tensors, folder / "adapter_model.safetensors", {"format": "pt"}), file]
 
-    Returns:
-        The state in the layout of ``get_peft_model_state_dict`` and the ``LoraConfig`` for ``unet.add_adapter``.
 
-    Raises:
-        ValueError: a key is no UNet LoRA weight, belongs to no module of this UNet, does not fit it, or has no partner.
-    """
-    targets = _targets(unet)
-    config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
-    modules = {kohya_name(module, "sd", config): module for module in targets}
-    if isinstance(config["layers_per_block"], int):
-        modules |= {kohya_name(m, "sdxl", config): m for m in targets if m in _LDM_TOP or _BLOCK.fullmatch(m)}
-    state: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    for key, tensor in load_file(str(path)).items():
-        match = _KOHYA_KEY.fullmatch(key)
-        if match is None:
-            kind = "a text encoder" if key.startswith("lora_te") else "no plain LoRA of a UNet"
-            raise ValueError(f"'{path}': '{key}' belongs to {kind}; take such keys out of the file, they are not read.")
-        if match["module"] not in modules:
-            raise ValueError(
-                f"'{path}': this UNet has no module for '{key}'; is the file for another family of models?"
-            )
-        module = modules[match["module"]]
-        if match["part"] == "alpha":
-            alphas[module] = float(tensor)
-        else:
-            state[f"{module}.lora_{'A' if 'down' in match['part'] else 'B'}.weight"] = tensor
-    pairs = _pairs(state)
-    for module, (down, up) in pairs.items():
-        weight = targets[module]
-        if down.shape[1:] != weight.shape[1:] or up.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"'{path}': the LoRA of '{module}' maps {down.shape[1]} to {up.shape[0]} channels and the module maps "
-                f"{weight.shape[1]} to {weight.shape[0]}; use the base model that the file was made for."
-            )
-    full = {module: alphas.get(module, float(down.shape[0])) for module, (down, _) in pairs.items()}
-    return state, LoraConfig(**_metadata(pairs, full))
+def _comfyui_name(module: str, family: str, denoiser_config: Mapping[str, Any]) -> str:
+    """Kohya's name for a UNet's module; for a transformer's the one of diffusers, which ComfyUI maps to its own."""
+    return kohya.kohya_name(module, family, denoiser_config) if family in UNETS else f"transformer.{module}"
 
 
 def export_full(pipeline: Any, output: str | Path) -> Path:
     """Write a fully fine-tuned pipeline with ``save_pretrained`` and check what was written.
 
     Args:
-        pipeline: a diffusers pipeline that holds the trained UNet (without an adapter).
+        pipeline: a diffusers pipeline that holds the trained denoiser (without an adapter).
         output: folder to write.
 
     Returns:
         The folder, which ``from_pretrained`` loads.
 
     Raises:
-        ValueError: the UNet still carries an adapter, whose tensor names no plain pipeline would load.
+        ValueError: the denoiser still carries an adapter, whose tensor names no plain pipeline would load.
     """
-    if getattr(pipeline.unet, "peft_config", None):
-        raise ValueError("the UNet carries a LoRA adapter: write it with export_lora, or fuse and unload it first.")
-    for name in ("tokenizer", "tokenizer_2"):  # the last call's padding would be saved as the tokenizer's own
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    if getattr(denoiser, "peft_config", None):
+        raise ValueError("the denoiser carries a LoRA adapter: write it with export_lora, or fuse and unload it first.")
+    for name in (
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+    ):  # the last call's padding would be saved as the tokenizer's own
         backend = getattr(getattr(pipeline, name, None), "backend_tokenizer", None)
         if backend is not None:
             backend.no_padding()
@@ -248,63 +147,6 @@ def export_full(pipeline: Any, output: str | Path) -> Path:
     pipeline.save_pretrained(str(output), safe_serialization=True)
     check_folder(output)
     return Path(output)
-
-
-def _pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Group an adapter's tensors by module, on the CPU and contiguous: {module: (A, B)}, sorted by module."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = _PEFT_KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(
-                f"'{key}' is no plain LoRA weight (lora_A.weight or lora_B.weight), and there is no common file format "
-                "for it; train with use_dora=False, lora_bias=False and no modules_to_save."
-            )
-        parts.setdefault(match["module"], {})[match["part"]] = tensor.detach().cpu().contiguous()
-    if not parts:
-        raise ValueError("the adapter is empty; give the output of get_peft_model_state_dict(unet).")
-    for module, pair in parts.items():
-        if len(pair) == 1:
-            raise ValueError(f"the LoRA of '{module}' has lora_{next(iter(pair))} alone; both A and B are needed.")
-    return {module: (parts[module]["A"], parts[module]["B"]) for module in sorted(parts)}
-
-
-def _alpha(module: str, rank: int, config: LoraConfig) -> float:
-    """Return the alpha for which ``alpha / rank`` is the scale that PEFT applies to this module.
-
-    Patterns match the end of a module's path, as in PEFT. With ``use_rslora`` PEFT scales by ``alpha / sqrt(rank)``
-    (Kalajdzievski, arXiv:2312.03732), which no file format can say, so it is folded into alpha.
-    """
-    patterns = config.alpha_pattern or {}
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-    alpha = float(config.lora_alpha if key is None else patterns[key])
-    return alpha * math.sqrt(rank) if config.use_rslora else alpha
-
-
-def _metadata(pairs: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """Return the ``LoraConfig`` arguments that rebuild the adapter: the most common rank and alpha, and exceptions."""
-    ranks = {module: down.shape[0] for module, (down, _) in pairs.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return {
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        # "^" makes a pattern match the whole path: "conv_in" would match "down_blocks.0.conv_in" too.
-        "rank_pattern": {f"^{module}": value for module, value in ranks.items() if value != rank},
-        "alpha_pattern": {f"^{module}": value for module, value in alphas.items() if value != alpha},
-        "target_modules": sorted(pairs),
-    }
-
-
-def _kohya_header(pairs: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float]) -> dict[str, str]:
-    """Return the header entries that sd-scripts writes and viewers show; ``Dynamic`` is its word for mixed values."""
-    ranks, values = {down.shape[0] for down, _ in pairs.values()}, set(alphas.values())
-    return {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(values.pop()) if len(values) == 1 else "Dynamic",
-    }
 
 
 def _save(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> Path:
@@ -322,15 +164,6 @@ def _save(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> Pat
     return file
 
 
-def _targets(unet: nn.Module) -> dict[str, Tensor]:
-    """Return the weight of every linear and convolution module of a UNet, by the name it has without an adapter."""
-    return {
-        name.removesuffix(".base_layer"): module.weight
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
-    }
-
-
 def model_card(
     path: str | Path,
     *,
@@ -339,8 +172,9 @@ def model_card(
     scores: Mapping[str, float | str | Mapping[str, float | str]],
     base_model: str,
     licence: str,
-    family: Family,
+    family: str,
     lora: bool = True,
+    absent: Sequence[str] = (),
 ) -> Path:
     """Write the ``README.md`` of an export: YAML front matter, how to load it, data, scores and configuration.
 
@@ -351,8 +185,9 @@ def model_card(
         scores: measure -> value, or measure -> {column -> value} (for example base and aligned).
         base_model: hub name or folder of the base model. Only a hub name goes into the front matter, where it links.
         licence: licence identifier as the hub spells it, for example ``openrail++``; most often the base model's.
-        family: ``"sd"`` or ``"sdxl"``.
+        family: a name in ``mmalign.jobs.FAMILIES``.
         lora: whether the export is a LoRA or a full pipeline.
+        absent: parts that the pipeline comes without, which plain diffusers wants to be told (text_encoder_3).
 
     Returns:
         The file written. Nothing is sent anywhere.
@@ -370,7 +205,7 @@ def model_card(
         f"---\n{header.to_yaml()}\n---",
         f"# {shown}, aligned with preferences",
         f"{'A LoRA for' if lora else 'A full fine-tune of'} `{shown}`, trained with mmalign.",
-        f"## Use\n\n```python\n{_usage(shown, family, lora)}\n```",
+        f"## Use\n\n```python\n{_usage(shown, family, lora, absent)}\n```",
         f"## Data\n\n{data}",
         f"## Scores\n\n{_score_table(scores)}",
         f"## Configuration\n\n```yaml\n{yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)}```",
@@ -382,13 +217,16 @@ def model_card(
     return file
 
 
-def _usage(base_model: str, family: Family, lora: bool) -> str:
-    name = _PIPELINES[family].__name__
-    lines = [f"from diffusers import {name}", ""]
-    if lora:
-        lines += [f'pipe = {name}.from_pretrained("{base_model}")', 'pipe.load_lora_weights("path/to/this/folder")']
-    else:
-        lines.append(f'pipe = {name}.from_pretrained("path/to/this/folder")')
+def _usage(base_model: str, family: str, lora: bool, absent: Sequence[str]) -> str:
+    name = pipeline_name(family)
+    without = "".join(f", {part}=None" for part in absent)
+    source = base_model if lora else "path/to/this/folder"
+    lines = [f"from diffusers import {name}", "", f'pipe = {name}.from_pretrained("{source}"{without})']
+    if lora and _loads_lora(family):
+        lines.append('pipe.load_lora_weights("path/to/this/folder")')
+    elif lora:
+        lines.insert(1, "from peft import PeftModel")
+        lines.append('pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
     return "\n".join([*lines, 'pipe("a prompt").images[0].save("image.png")'])
 
 

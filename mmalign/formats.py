@@ -23,6 +23,8 @@ class PreferenceRow:
     - `scores`: per dimension k numbers, higher is better;
     - `rank`: k numbers, lower is better, equal ones are ties;
     - `label`: per dimension "A", "B" or "same" (k is 2).
+
+    `prompts`: one per medium where they were made for different ones (joint preferences); `prompt` is the first then.
     """
 
     prompt: str
@@ -33,6 +35,7 @@ class PreferenceRow:
     user_id: str | None = None
     weight: float = 1.0
     source: str | None = None
+    prompts: tuple[str, ...] | None = None
     origin: str = field(default="", compare=False)
 
     def dimensions(self) -> tuple[str, ...]:
@@ -178,6 +181,13 @@ def _row(
 ) -> Iterator[Outcome]:
     """The finished row, or the reason why there is none. `judged` is one of `scores`, `rank`, `label`."""
     prompt = record.values.get(prompt_column)
+    prompts = record.values.get("prompts") if prompt_column == "prompt" else None
+    if prompts is not None:
+        fault = _prompts_fault(prompts, media)
+        if fault:
+            yield Dropped(record.origin, "no prompt", fault)
+            return
+        prompt = prompts[0]
     ((kind, value),) = judged.items()
     reason, detail = _fault(prompt, media, kind, value, weight)
     if reason:
@@ -187,8 +197,16 @@ def _row(
     user_id = None if user is None else str(user)
     whose = None if source is None else str(source)
     yield PreferenceRow(
-        prompt, media, user_id=user_id, weight=float(weight), source=whose, origin=record.origin, **{kind: value}
-    )
+        prompt, media, user_id=user_id, weight=float(weight), source=whose, origin=record.origin, **{kind: value},
+        prompts=None if prompts is None else tuple(prompts),
+    )  # fmt: skip
+
+
+def _prompts_fault(prompts: Any, media: Sequence[MediaRef]) -> str:
+    """What is wrong with a row's own prompt for each medium; empty if nothing is."""
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        return "prompts must be a list of texts"
+    return "" if len(prompts) == len(media) else f"{len(prompts)} prompts for {len(media)} media"
 
 
 def _fault(prompt: Any, media: Sequence[MediaRef], kind: str, value: Any, weight: Any) -> tuple[str, str]:
@@ -260,7 +278,7 @@ ADAPTERS = {
     "hpdv2_annotators": Adapter(hpdv2_annotators, (("prompt", "image_path", "raw_annotations"),)),
     "hpdv3": Adapter(hpdv3, (("prompt", "path1", "path2"),)),
     "imagereward": Adapter(imagereward, (("prompt", "generations", "ranking"),)),
-    "jsonl": Adapter(plain, (("prompt", "media"),)),
+    "jsonl": Adapter(plain, (("prompt", "media"), ("prompts", "media"))),
     "folder": Adapter(folder, (("file_name", "prompt"),)),
 }
 FORMATS = {name: adapter.summary for name, adapter in ADAPTERS.items()}

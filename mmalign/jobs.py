@@ -1,94 +1,29 @@
 """The schemas of the jobs: one frozen root for `train`, one for `sample`, one for `score`.
 
-Nothing heavy is imported here, so that a config can be checked in a blink. A new objective is one more
-class in `LOSSES`; a new model family one more line in `FAMILIES`.
+Nothing heavy is imported here, so that a config can be checked in a blink. The settings of objectives are in `methods`;
+a new model family is one more line in `FAMILIES`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mmalign.config import Strict
+from mmalign.jobs_align import EvaluatorSpec, Guards, Noise, Online, Probability, Reference, Timesteps
+from mmalign.methods import LOSSES, Loss, Preference
 
 FAMILIES = {
     "sd": "Stable Diffusion 1.x and 2.x: one text encoder, UNet, eps or v prediction",
     "sdxl": "Stable Diffusion XL: two text encoders, size and crop conditioning (time_ids)",
+    "sd3": "Stable Diffusion 3 and 3.5: MMDiT, flow matching, two CLIP encoders and an optional T5",
+    "flux": "FLUX.1 dev and schnell: flow matching, packed latents, CLIP and T5, guidance as an input (dev)",
+    "pixart": "PixArt-Sigma: transformer, eps prediction, T5 with its padding masked",
+    "sana": "Sana: linear-attention transformer, flow matching, deterministic autoencoder of factor 32, Gemma 2",
+    "qwen_image": "Qwen-Image: MMDiT, flow matching, packed latents, Qwen2.5-VL as text encoder",
 }
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-# ---------------------------------------------------------------------------------------------- losses
-class DiffusionDPO(Strict):
-    """Diffusion-DPO: prefer the winner's denoising error to the loser's, relative to a reference (2311.12908)."""
-
-    task: ClassVar[str] = "preference"
-    function: ClassVar[str] = "mmalign.losses.pairwise:diffusion_dpo"
-    parameterisations: ClassVar[tuple[str, ...]] = ("eps", "v")
-    kind: Literal["diffusion_dpo"] = "diffusion_dpo"
-    beta: PositiveFloat = Field(
-        2000.0, description="strength of the pull to the reference; 2000 SD1.5, 5000 SDXL with reduction mean"
-    )
-    reduction: Literal["mean", "sum"] = Field(
-        "mean", description="how a sample's squared error is reduced; beta is not portable between the two"
-    )
-    kappa: PositiveFloat = Field(
-        0.5, description="factor in the logit; 0.5 in the paper's code, 1 in the diffusers SD1.5 script"
-    )
-    anchor: float = Field(
-        0.0, ge=0, description="weight of the policy's own error on the winner, added to the loss; 0 is plain DPO"
-    )
-
-
-class Denoising(Strict):
-    """Denoising (SFT): the mean squared error of the model's own parameterisation on captioned images (2006.11239)."""
-
-    task: ClassVar[str] = "sft"
-    function: ClassVar[str] = "mmalign.losses.supervised:denoising"
-    parameterisations: ClassVar[tuple[str, ...]] = ("eps", "v")
-    kind: Literal["denoising"] = "denoising"
-    snr_gamma: PositiveFloat | None = Field(
-        None, description="min-SNR weighting (2303.09556); 5 is usual, null is uniform"
-    )
-
-
-class Reconstruction(Strict):
-    """Reconstruction: L1 + L2 + KL of a variational autoencoder (2112.10752, without the adversarial part)."""
-
-    task: ClassVar[str] = "autoencoder"
-    function: ClassVar[str] = "mmalign.losses.supervised:reconstruction"
-    parameterisations: ClassVar[tuple[str, ...]] = ("none",)
-    kind: Literal["reconstruction"] = "reconstruction"
-    l1: float = Field(1.0, ge=0)
-    l2: float = Field(2.0, ge=0)
-    kl: float = Field(1e-3, ge=0, description="weight of the KL to a unit Gaussian, per latent element")
-
-
-class Contrastive(Strict):
-    """Contrastive: CLIP's symmetric cross entropy between the images and captions of a batch (2103.00020)."""
-
-    task: ClassVar[str] = "reward"
-    function: ClassVar[str] = "mmalign.losses.reward:contrastive"
-    parameterisations: ClassVar[tuple[str, ...]] = ("none",)
-    kind: Literal["contrastive"] = "contrastive"
-
-
-class HPS(Strict):
-    """HPS: cross entropy of exp(logit_scale) * cos over the two images of a prompt, with soft labels (2306.09341)."""
-
-    task: ClassVar[str] = "reward"
-    function: ClassVar[str] = "mmalign.losses.reward:hps"
-    parameterisations: ClassVar[tuple[str, ...]] = ("none",)
-    kind: Literal["hps"] = "hps"
-    anchor: float = Field(
-        0.0, ge=0, description="weight of the contrastive loss on the same batch, which keeps text alignment"
-    )
-
-
-LOSSES = (DiffusionDPO, Denoising, Reconstruction, Contrastive, HPS)
-Loss = Annotated[DiffusionDPO | Denoising | Reconstruction | Contrastive | HPS, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------------------------------------- shared
@@ -96,8 +31,16 @@ class Model(Strict):
     """A checkpoint folder, as `save_pretrained` writes it."""
 
     path: Path = Field(description="folder with model_index.json (or an open_clip folder for task: reward)")
-    family: Literal["auto", "sd", "sdxl", "open_clip"] = Field("auto", description="auto reads model_index.json")
+    family: Literal["auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "open_clip"] = Field(
+        "auto", description="auto reads model_index.json"
+    )
     lora: Path | None = Field(None, description="folder or file with LoRA weights to load on top")
+    max_sequence_length: PositiveInt | None = Field(
+        None, description="text tokens, for families whose pipeline takes it; default: the pipeline's (docs/train.md)"
+    )
+    guidance: float | None = Field(
+        None, ge=0, description="told to guidance-distilled models (FLUX.1-dev) in training; default 1: the data's own"
+    )
     components: dict[str, Path] = Field({}, description="replace single parts, e.g. {vae: path/to/vae}")
     from_scratch: tuple[str, ...] = Field(
         (), description="parts to initialise at random from their config.json, e.g. [unet, vae]"
@@ -115,6 +58,7 @@ class Shapes(Strict):
     )
     annotator: str = Field("faithful", description="who judges the pairs, for tasks that need pairs")
     votes: PositiveInt = Field(1, description="how often each pair is judged; the label is the winner's share of votes")
+    per_prompt: int = Field(2, ge=2, description="pictures of each caption, for objectives on lists and rewards")
 
 
 class Data(Strict):
@@ -127,12 +71,34 @@ class Data(Strict):
     root: Path | None = Field(None, description="folder that relative media paths start from; default: the table's own")
     shapes: Shapes | None = Field(None, description="scenes of the shapes world instead of a table")
     dimension: str | None = Field(None, description="which label or score to use when a table holds several")
+    dimensions: dict[str, float] | None = Field(
+        None,
+        description="or several with weights, e.g. {VQ: 1, MQ: 1, TA: 2}: labels and normalised scores are averaged",
+    )
+    votes: Literal["separate", "share"] = Field(
+        "separate", description="rows on the same pictures: each its own pair, or one pair with the share of votes"
+    )
+    pairing: Literal["within", "across"] = Field(
+        "within", description="across: pairs of pictures of different prompts, by their scores (joint preferences)"
+    )
+    soft_labels: bool = Field(False, description="keep shares of votes and dimensions as labels between 0 and 1")
+    normalise: Literal["minmax", "none"] = Field(
+        "minmax", description="of scores over the table, for objectives that weigh by reward"
+    )
+    desirable_from: float | None = Field(
+        None, description="score from which a single picture counts as liked; null: better than the rest of its row"
+    )
     ties: Literal["drop", "soft", "half"] = Field(
         "drop", description="drop them; soft: label 0.5; half: both orders at half weight"
     )
     limit: PositiveInt | None = Field(None, description="use only the first rows")
     verify: bool = Field(True, description="decode every picture once before training and drop the broken ones")
-    resolution: PositiveInt = 512
+    resolution: PositiveInt = Field(512, description="side of the square pictures; its area is that of every bucket")
+    buckets: Literal["off", "aspect"] = Field(
+        "off", description="aspect: each group is cut to the shape that keeps most of its pictures (docs/train.md)"
+    )
+    bucket_step: PositiveInt = Field(64, description="sides of buckets are multiples of this, in pixels")
+    bucket_max_aspect: float = Field(2.0, ge=1, description="longest side of a bucket, relative to its other side")
     crop: Literal["center", "random"] = Field("center", description="one crop for the whole pair")
     flip: Probability = Field(0.0, description="probability of a horizontal flip, one for the whole pair")
     caption_dropout: Probability = Field(0.0, description="probability of an empty caption, one for the whole pair")
@@ -143,25 +109,14 @@ class Data(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
-        if (self.table is None) == (self.shapes is None):
+        if self.table is not None and self.shapes is not None:
             raise ValueError("give exactly one of data.table and data.shapes")
-        return self
-
-
-class Reference(Strict):
-    """The model that preferences are measured against."""
-
-    kind: Literal["auto", "adapter_off", "frozen", "cached"] = Field(
-        "auto", description="auto: adapter_off with LoRA, frozen copy without; cached: errors stored per draw"
-    )
-    draws: PositiveInt | None = Field(
-        None, description="K fixed (t, noise, crop, flip) draws per pair, visited in turn; required by `cached`"
-    )
-
-    @model_validator(mode="after")
-    def _draws(self) -> Reference:
-        if self.kind == "cached" and self.draws is None:
-            raise ValueError("reference.kind: cached needs reference.draws, for example 8")
+        if self.dimension is not None and self.dimensions is not None:
+            raise ValueError("give data.dimension or data.dimensions, not both")
+        if self.dimensions is not None and (
+            min(self.dimensions.values(), default=0) < 0 or not sum(self.dimensions.values())
+        ):
+            raise ValueError("data.dimensions: weights must not be negative, and one must be above 0")
         return self
 
 
@@ -174,6 +129,7 @@ class Lora(Strict):
     targets: tuple[str, ...] | None = Field(
         None, description="module names; default: the family's attention projections"
     )
+    init: Path | None = Field(None, description="LoRA to go on from, of the same rank and targets; default: fresh")
 
 
 class Optim(Strict):
@@ -191,6 +147,8 @@ class Optim(Strict):
     warmup: int = Field(0, ge=0, description="optimiser steps")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the denoiser; the first steps are slow")
+    compile_backend: str = Field("inductor", description="of torch.compile")
     train_text_encoder: bool = Field(False, description="full fine-tuning only")
 
 
@@ -231,12 +189,19 @@ class TrainConfig(Strict):
     model: Model
     data: Data
     loss: Loss
+    timesteps: Timesteps = Timesteps()
+    noise: Noise = Noise()
+    guards: Guards = Guards()
+    online: Online | None = None
     reference: Reference = Reference()
     lora: Lora | None = Field(None, description="null: full fine-tuning")
     optim: Optim = Optim()
     ema: EMA | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = Field("auto", description="auto: cuda when present, else cpu")
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none", description="with several processes: the model in each of them, or a share in each"
+    )
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     log: Log = Log()
@@ -246,28 +211,80 @@ class TrainConfig(Strict):
         if self.loss.task != self.task:
             fitting = ", ".join(str(loss.model_fields["kind"].default) for loss in LOSSES if loss.task == self.task)
             raise ValueError(f"loss.kind {self.loss.kind} does not go with task {self.task}; one of: {fitting}")
+        self._sourced()
         if self.lora and (self.optim.train_text_encoder or self.model.from_scratch):
             raise ValueError("lora trains adapters only: drop lora, or train_text_encoder and from_scratch")
+        if self.data.buckets != "off" and self.task not in ("preference", "sft"):
+            raise ValueError(f"data.buckets is for the tasks preference and sft; drop it, {self.task} has its own size")
         if self.reference.kind == "adapter_off" and not self.lora:
             raise ValueError("reference.kind: adapter_off needs lora; use frozen or cached for full fine-tuning")
         if self.reference.kind == "cached" and self.data.cache != "disk":
             raise ValueError("reference.kind: cached needs data.cache: disk")
+        if isinstance(self.loss, Preference):
+            self._guarded(self.loss)
+        self._scaled()
         return self
 
+    def _sourced(self) -> None:
+        given = self.data.table is not None or self.data.shapes is not None
+        if self.online is None and not given:
+            raise ValueError("give exactly one of data.table and data.shapes")
+        if self.online is None:
+            return
+        if self.task != "preference":
+            raise ValueError(
+                f"online rounds train on preferences; drop online, or use task: preference, not {self.task}"
+            )
+        if self.online.offline_share and self.data.table is None:
+            raise ValueError("online.offline_share mixes rows of data.table in; give the table")
+        if self.data.shapes is not None:
+            raise ValueError("online rounds draw their own pictures; drop data.shapes")
+        if self.reference.other:
+            raise ValueError("online rounds set the reference themselves; drop reference.model and reference.lora")
 
-class SampleConfig(Strict):
-    """`mmalign sample FILE`: generate pictures for a table of prompts."""
+    def _scaled(self) -> None:
+        denoising, shared = self.task in ("preference", "sft"), self.sharding != "none"
+        if (shared or self.optim.compile) and not denoising:
+            raise ValueError(f"sharding and optim.compile are for denoisers, not for task {self.task}; drop them")
+        if shared and self.guards.early_stopping:
+            raise ValueError(
+                "sharding: fsdp2 shares the weights out, and guards.early_stopping draws with them; drop one"
+            )
+        if shared and (self.optim.train_text_encoder or self.noise.lagged or self.optim.optimizer != "adamw"):
+            raise ValueError(
+                "sharding: fsdp2 goes with optimizer adamw, without optim.train_text_encoder and with "
+                "noise.inversion.model: reference; change these, or use sharding: none"
+            )
+
+    def _guarded(self, loss: Preference) -> None:
+        guards, cached = self.guards, self.reference.kind == "cached"
+        if cached and ("drift" in loss.needs or guards.anchor or guards.velocity):
+            raise ValueError("reference.kind: cached keeps errors only, and this needs the reference's predictions")
+        if cached and self.noise.lagged:
+            raise ValueError(
+                "reference.kind: cached needs draws that do not move; use noise.inversion.model: reference"
+            )
+        if cached and loss.reference_free:
+            raise ValueError(f"loss.kind {loss.kind} has no reference; drop reference.kind: cached")  # type: ignore[attr-defined]
+        if guards.auto_beta and (not hasattr(loss, "beta") or loss.reference_free):
+            raise ValueError(f"guards.auto_beta: loss.kind {loss.kind} has no beta that scales margins")  # type: ignore[attr-defined]
+        if guards.drop_saturated is not None and loss.items != "pairs":
+            raise ValueError("guards.drop_saturated is for pairs; drop it, or use an objective on pairs")
+
+
+class Sampling(Strict):
+    """How a model draws pictures: for `mmalign sample`, and for each source of `mmalign prefer`."""
 
     model: Model
-    prompts: Path = Field(
-        description="text file (a prompt per line), or a JSONL, CSV or parquet table with `prompt` and perhaps `seed`"
-    )
-    output: Path = Field(description="folder: images/ and table.jsonl")
     per_prompt: PositiveInt = Field(1, description="pictures for each prompt, with consecutive seeds")
     seed: int = Field(0, description="first seed, for prompts that bring none")
     steps: PositiveInt = 30
     guidance_scale: float = Field(7.5, ge=0)
     negative_prompt: str = ""
+    negative_lora: Path | None = Field(
+        None, description="LoRA trained with loss.kind: diffusion_npo, for guidance to lead away from"
+    )
+    negative_weight: float = Field(1.0, ge=0, description="of its update, on top of the model's own weights")
     height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     width: PositiveInt | None = None
     scheduler: Literal["own", "ddim", "dpm++", "dpm++sde", "euler"] = Field(
@@ -276,14 +293,22 @@ class SampleConfig(Strict):
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+
+    @model_validator(mode="after")
+    def _guided(self) -> Self:
+        if self.negative_lora and self.guidance_scale <= 1:
+            raise ValueError("negative_lora is the branch that guidance leads away from: set guidance_scale above 1")
+        return self
+
+
+class SampleConfig(Sampling):
+    """`mmalign sample FILE`: generate pictures for a table of prompts."""
+
+    prompts: Path = Field(
+        description="text file (a prompt per line), or a JSONL, CSV or parquet table with `prompt` and perhaps `seed`"
+    )
+    output: Path = Field(description="folder: images/ and table.jsonl")
     limit: PositiveInt | None = Field(None, description="use only the first prompts")
-
-
-class EvaluatorSpec(Strict):
-    """An evaluator by name, with its own parameters (`mmalign list evaluators`)."""
-
-    name: str
-    params: dict[str, Any] = {}
 
 
 class ScoreConfig(Strict):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from mmalign.source import MediaError, Readable, Source, content_hash, name_of, read_bytes, whole_file
 from mmalign.video import (
@@ -50,6 +51,7 @@ __all__ = [
     "check_media",
     "content_hash",
     "decoder_fingerprint",
+    "image_size",
     "is_video",
     "read_bytes",
     "read_image",
@@ -109,14 +111,34 @@ def read_image(source: Source, *, max_pixels: int = 100_000_000, min_side: int =
         ) from error
 
 
+def image_size(source: Source) -> tuple[int, int]:
+    """Height and width of the image that `read_image` gives, read from the header: no pixel is decoded.
+
+    Only an orientation that a PNG states behind its pixels, where few programs look, is not seen. MediaError as in
+    `read_image` for what has no header that can be read.
+    """
+    place = Path(source) if isinstance(source, str | os.PathLike) else getattr(source, "path", None)
+    try:
+        with _open_image(place or read_bytes(source)) as image:
+            width, height = image.size
+            # The base class's own, since that of a PNG decodes the picture to look behind its pixels. Of a TIFF Pillow
+            # gives the size as turned already.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+    except Exception:  # it says what is wrong, or reads after all what it can
+        height, width = read_image(source).shape[:2]
+        turned = False
+    return (width, height) if turned else (height, width)
+
+
 @contextmanager
-def _open_image(data: bytes) -> Iterator[Image.Image]:
+def _open_image(data: bytes | Path) -> Iterator[Image.Image]:
     """Open lazily with Pillow's own size guard off: it is a process-wide constant that warns or raises as it likes,
     and `max_pixels` above is checked before any pixel is decoded. The lock keeps threads from restoring it early."""
     with _OPEN_LOCK:
         guard, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            image = Image.open(io.BytesIO(data), formats=_PIL_FORMATS)
+            image = Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=_PIL_FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = guard
     with image:

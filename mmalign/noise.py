@@ -1,17 +1,21 @@
 """Parameterisations of a diffusion process, and seeded randomness that does not depend on the batch.
 
-Shapes: latents [B, C, H, W] (any trailing dims), timesteps `t` [B] int64, `alphas_cumprod` [T] float32.
+Shapes: latents [B, C, H, W] (any trailing dims), timesteps `t` [B]: int64 in [0, T) for eps and v, float in [0, 1] for
+flow, where 0 is clean.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Parameterisation = Literal["eps", "v"]
+Parameterisation = Literal["eps", "v", "flow"]
+Density = Literal["uniform", "logit_normal"]
 
 
 def generator(*identity: object) -> torch.Generator:
@@ -23,42 +27,148 @@ def generator(*identity: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.device, torch.float32)[t].reshape(-1, *[1] * (like.ndim - 1))
+@dataclass(frozen=True, eq=False)
+class Process:
+    """x_t = signal(t) x_0 + noise(t) eps, and what the model predicts of it.
+
+    `kind`: eps, the noise (DDPM 2006.11239); v = signal eps - noise x_0 (2202.00512, appendix D); flow, the velocity
+    eps - x_0 of the straight line (2209.03003; 2403.03206, section 3).
+    `alphas_cumprod`: abar [T] of eps and v, where signal = sqrt(abar) and noise = sqrt(1 - abar); None for flow, where
+    signal = 1 - t and noise = t.
+    """
+
+    kind: Parameterisation
+    alphas_cumprod: Tensor | None = None
+
+    @property
+    def clean(self) -> int | float:
+        """The timestep of clean latents, for `step`."""
+        return 0.0 if self.alphas_cumprod is None else -1
+
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """signal(t) and noise(t), shaped to multiply `like`; float32 or better. Timestep -1 is clean for eps and v."""
+        shape = (-1, *[1] * (like.ndim - 1))
+        if self.alphas_cumprod is None:
+            t = t.to(like.device, torch.promote_types(like.dtype, torch.float32)).reshape(shape)
+            return 1 - t, t
+        table = self.alphas_cumprod.to(like.device, torch.promote_types(self.alphas_cumprod.dtype, torch.float32))
+        t = t.to(like.device)
+        abar = torch.where(t >= 0, table[t.clamp(min=0)], 1.0).reshape(shape)
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def noisy(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Latents at timestep t."""
+        signal, spread = self.scales(t, latents)
+        return signal * latents + spread * noise
+
+    def target(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the model is to predict at t."""
+        if self.kind == "eps":
+            return noise
+        if self.kind == "flow":
+            return noise - latents
+        signal, spread = self.scales(t, latents)
+        return signal * noise - spread * latents
+
+    def to_x0_eps(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise that a prediction implies at t."""
+        signal, spread = self.scales(t, noisy)
+        if self.kind == "eps":
+            return (noisy - spread * prediction) / signal, prediction
+        if self.kind == "flow":
+            return noisy - spread * prediction, noisy + signal * prediction
+        return signal * noisy - spread * prediction, signal * prediction + spread * noisy
+
+    def implied_noise(self, noisy: Tensor, latents: Tensor, t: Tensor) -> Tensor:
+        """The noise that would have led from clean latents to `noisy` at t: (x_t - signal x_0) / noise(t)."""
+        signal, spread = self.scales(t, noisy)
+        return (noisy - signal * latents) / spread
+
+    def step(self, noisy: Tensor, prediction: Tensor, t: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
+        """One deterministic step to the timesteps `to` [B], either way; the new latents and the x_0 estimate.
+
+        DDIM (2010.02502, equation 12 with eta 0) for eps and v, an Euler step of the flow; `clean` ends at x_0, and a
+        step to a larger t is the inversion.
+        """
+        x0, eps = self.to_x0_eps(noisy, prediction, t)
+        signal, spread = self.scales(to, noisy)
+        return (signal * x0 + spread * eps).to(noisy.dtype), x0
+
+    def inverse_step(self, clean: Tensor, prediction: Tensor, at: Tensor, to: Tensor) -> Tensor:
+        """What `step` from `to` [B] would have led to `clean` at the timesteps `at` < `to`, had the model predicted
+        `prediction` there: the exact inverse of `step(x, prediction, to, at)`, linear in its arguments.
+
+        For eps and flow this is a step in the other direction; for v it is not, since v means x_0 and eps by t.
+        """
+        (a, s), (b, r) = self.scales(at, clean), self.scales(to, clean)  # signal and noise at the ends
+        if self.kind == "flow":
+            return clean + (r - s) * prediction
+        if self.kind == "eps":
+            return b * (clean - s * prediction) / a + r * prediction
+        return (clean + (a * r - s * b) * prediction) / (a * b + s * r)
+
+    def ancestral_std(self, at: Tensor, to: Tensor, like: Tensor) -> Tensor:
+        """Standard deviation of q(x_at | x_to, x_0), shaped to multiply `like` (2107.00630, appendix A; at < to)."""
+        (a, s), (b, r) = self.scales(at, like), self.scales(to, like)
+        variance = s.square() / r.square() * (r.square() - (b / a).square() * s.square())
+        return variance.clamp(min=0).sqrt()
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio (signal / noise)^2 at t: [B]."""
+        signal, spread = self.scales(t, torch.empty(len(t), device=t.device))
+        return (signal / spread).square()
+
+    def sample_timesteps(
+        self,
+        count: int,
+        generator: torch.Generator,
+        *,
+        density: Density | None = None,
+        mean: float = 0.0,
+        std: float = 1.0,
+        shift: float = 1.0,
+        low: float = 0.0,
+        high: float = 1.0,
+    ) -> Tensor:
+        """Timesteps [count] on the CPU, drawn by a density of u in (0, 1), the share of the schedule.
+
+        Args:
+            density: uniform (eps and v by default), or logit_normal: sigmoid of a Gaussian with `mean` and `std`
+                (2403.03206, section 3.1; flow by default).
+            shift: of flow times, see `shifted`.
+            low, high: the draw is scaled to this part of the schedule.
+        """
+        if density is None:
+            density = "logit_normal" if self.kind == "flow" else "uniform"
+        whole = (low, high) == (0.0, 1.0)
+        if self.alphas_cumprod is not None and density == "uniform" and whole:
+            return torch.randint(0, len(self.alphas_cumprod), (count,), generator=generator)
+        if density == "uniform":
+            u = torch.rand(count, generator=generator, dtype=torch.float64)
+        else:
+            u = torch.randn(count, generator=generator, dtype=torch.float64).mul(std).add(mean).sigmoid()
+        u = low + (high - low) * u
+        if self.alphas_cumprod is not None:
+            return (u * len(self.alphas_cumprod)).long().clamp(max=len(self.alphas_cumprod) - 1)
+        return shifted(u, shift).float().clamp(1e-4, 1.0)
 
 
-def add_noise(latents: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (DDPM 2006.11239, equation 4)."""
-    abar = _at(alphas_cumprod, t, latents)
-    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Flow times moved towards the noise: s t / (1 + (s - 1) t) (2403.03206, equation 23). s = 1 changes nothing."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
-def target(kind: Parameterisation, latents: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """What the model is to predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (2202.00512, appendix D)."""
-    if kind == "eps":
-        return noise
-    abar = _at(alphas_cumprod, t, latents)
-    return abar.sqrt() * noise - (1 - abar).sqrt() * latents
+def dynamic_shift(tokens: int, scheduler: dict[str, float | str]) -> float:
+    """The shift of a scheduler with use_dynamic_shifting for a picture of `tokens` transformer tokens.
 
+    A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift) gives mu, as diffusers'
+    pipelines compute it; time_shift_type exponential means s = e^mu, linear s = mu.
+    """
 
-def to_x0_eps(
-    kind: Parameterisation, noisy: Tensor, prediction: Tensor, t: Tensor, alphas_cumprod: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The clean latents and the noise that a prediction implies at `t`."""
-    abar = _at(alphas_cumprod, t, noisy)
-    if kind == "eps":
-        return (noisy - (1 - abar).sqrt() * prediction) / abar.sqrt(), prediction
-    return abar.sqrt() * noisy - (1 - abar).sqrt() * prediction, abar.sqrt() * prediction + (1 - abar).sqrt() * noisy
+    def number(name: str, default: float) -> float:
+        return float(scheduler.get(name, default))
 
-
-def snr(t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Signal-to-noise ratio abar / (1 - abar) at `t`: [B]."""
-    abar = alphas_cumprod.to(t.device, torch.float32)[t]
-    return abar / (1 - abar)
-
-
-def ddim_step(noisy: Tensor, x0: Tensor, eps: Tensor, previous: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """One deterministic DDIM step to timestep `previous` [B], -1 for the clean end (2010.02502, equation 12, eta 0)."""
-    abar = torch.where(previous >= 0, alphas_cumprod.to(noisy.device)[previous.clamp(min=0)], 1.0)
-    abar = abar.reshape(-1, *[1] * (noisy.ndim - 1)).to(noisy.dtype)
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+    first, last = number("base_image_seq_len", 256), number("max_image_seq_len", 4096)
+    low, high = number("base_shift", 0.5), number("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - first) / (last - first)
+    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)

@@ -88,6 +88,22 @@ class Thumbnails:
         return self._tables[table]
 
 
+def inline(source: Any, side: int, quality: int = 85) -> Thumbnail:
+    """A picture of at most `side` pixels for a page on which it has to be judged; a clip becomes a small moving one.
+
+    MediaError if it cannot be read.
+    """
+    from mmalign.media import is_video, read_image
+
+    if is_video(source):
+        return _clip(source, 20 * 14_000)
+    image = Image.fromarray(read_image(source))
+    if max(image.size) <= PIXEL_ART:
+        return _tile(_encode([image], lossless=True), image.size, crisp=True)
+    small = _fit(image, side)
+    return _tile(_encode([small], quality=quality), small.size)
+
+
 def _image(source: Any, limit: int) -> Thumbnail:
     from mmalign.media import read_image
 

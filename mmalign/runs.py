@@ -16,14 +16,19 @@ from types import FrameType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from mmalign import checkpoints
+from mmalign import checkpoints, distributed
 from mmalign.config import dump
 from mmalign.jobs import TrainConfig
 from mmalign.source import whole_file
 
-_MAY_CHANGE = {"checkpoint", "validation", "log", "output", "device"}
+_MAY_CHANGE = {"checkpoint", "validation", "log", "output", "device", "sharding"}
+_LAYOUT = {
+    "optim.batch_size", "optim.accumulate", "optim.compile", "optim.compile_backend", "data.cache", "data.cache_dir",
+}  # fmt: skip
+"""Keys that decide how a step is computed, but not of what: the number of items in a step is compared instead."""
 
 
 def versions() -> dict[str, str]:
@@ -38,7 +43,13 @@ def versions() -> dict[str, str]:
     return {**found, "python": platform.python_version(), "git": commit, "machine": platform.machine()}
 
 
-def prepare_folder(config: TrainConfig, resume: bool) -> None:
+def items_per_step(config: TrainConfig, accelerator: Any) -> int:
+    """How many items one optimiser step sees, over micro-batches and processes."""
+    processes: int = accelerator.num_processes
+    return config.optim.batch_size * config.optim.accumulate * processes
+
+
+def prepare_folder(config: TrainConfig, resume: bool, accelerator: Any) -> None:
     """Makes the run folder and writes the resolved config.
 
     Raises:
@@ -51,20 +62,43 @@ def prepare_folder(config: TrainConfig, resume: bool) -> None:
             "or choose another folder with --set output=..."
         )
     if last:
-        before = flat(json.loads(checkpoints.read(last)[1]["config"]))
-        now = flat(json.loads(config.model_dump_json()))
-        changed = [
-            f"{key} (then {before.get(key)}, now {now.get(key)})"
-            for key in sorted({*now, *before})
-            if now.get(key) != before.get(key) and key.split(".")[0] not in _MAY_CHANGE
-        ]
-        if changed:
-            raise ValueError(
-                f"{config.output} was begun with other values of: {', '.join(changed)}. Resume with the same config "
-                f"(it is in {config.output}/config.yaml), or begin a new run in another folder."
-            )
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "config.yaml").write_text(dump(config))
+        _check_unchanged(config, checkpoints.read(last)[1], items_per_step(config, accelerator))
+    accelerator.wait_for_everyone()  # nobody may read what another has begun to write
+    if accelerator.is_main_process:
+        config.output.mkdir(parents=True, exist_ok=True)
+        (config.output / "config.yaml").write_text(dump(config))
+
+
+def _check_unchanged(config: TrainConfig, state: dict[str, Any], items: int) -> None:
+    before = flat(_as_now(state["config"]))
+    now = flat(json.loads(config.model_dump_json()))
+    changed = [
+        f"{key} (then {before.get(key)}, now {now.get(key)})"
+        for key in sorted({*now, *before})
+        if now.get(key) != before.get(key) and key.split(".")[0] not in _MAY_CHANGE and key not in _LAYOUT
+    ]
+    if changed:
+        raise ValueError(
+            f"{config.output} was begun with other values of: {', '.join(changed)}. Resume with the same config "
+            f"(it is in {config.output}/config.yaml), or begin a new run in another folder."
+        )
+    if state.get("items", items) != items:  # checkpoints of 0.1 before several processes were compared have none
+        raise ValueError(
+            f"{config.output} was begun with {state['items']} items in a step, and this makes {items}. Choose "
+            "optim.batch_size and optim.accumulate so that batch_size x accumulate x processes is the same again."
+        )
+
+
+def _as_now(config: str) -> dict[str, Any]:
+    """A stored config with the defaults of keys that came since, so that an older run can go on; as it is, if it can't.
+
+    A new key's default is what was done before it.
+    """
+    stored: dict[str, Any] = json.loads(config)
+    try:
+        return json.loads(TrainConfig.model_validate(stored).model_dump_json())
+    except ValidationError:
+        return stored
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -101,13 +135,14 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise ValueError(f"log.trackers: {name} is not installed; install it with `pip install {name}`, or drop it")
 
 
-def write_facts(config: TrainConfig, task: Any, parameters: int) -> None:
+def write_facts(config: TrainConfig, task: Any, parameters: int, processes: int) -> None:
     """run.json: versions, data summary, number of trained parameters, what the task adds; the summary is printed."""
     facts = {
         "versions": versions(),
         "seed": config.seed,
         "items": task.size,
         "trained_parameters": parameters,
+        "processes": processes,
         **task.facts,
     }
     (config.output / "run.json").write_text(json.dumps(facts, indent=2, default=str))
@@ -137,14 +172,9 @@ class MetricsLog:
 
     def write(self, loop: Any, sums: dict[str, Tensor], seconds: float) -> dict[str, float]:
         """Averages over processes and writes one record."""
-        values = {name: value.detach().float().reshape(()) for name, value in sums.items()}
-        if self.accelerator.num_processes > 1:
-            values = {
-                name: self.accelerator.reduce(value.to(self.accelerator.device), "mean")
-                for name, value in values.items()
-            }
-        optim, steps = loop.config.optim, loop.step - self.last_step
-        items = optim.batch_size * optim.accumulate * self.accelerator.num_processes
+        values = distributed.means(self.accelerator, sums)
+        steps = loop.step - self.last_step
+        items = items_per_step(loop.config, self.accelerator)
         self.last_step = loop.step
         record = {
             "step": loop.step,

@@ -17,10 +17,13 @@ from mmalign.jobs import SampleConfig
 from mmalign.media import write_image
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
+from mmalign.models.adapter import Adapter
+from mmalign.models.negative import guide_away
 from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import Record, missing_columns, read_records
 from mmalign.runs import pick_device, versions
+from mmalign.weights import files_hash
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,15 +99,18 @@ def run(config: SampleConfig) -> Path:
     wanted = requests(config)
     folder = config.output
     device = pick_device(config.device, config.dtype)
-    _check_sides(config)
+    _check_sides(config, 8)
+    if config.negative_lora:
+        base.lora_file(config.negative_lora, "negative_lora")
     base.check(config.model)  # before anything is written: a mistyped path leaves no folder behind
-    _check_same(config)
+    identity = _check_same(config)
     missing = [request for request in wanted if not _place(folder, request).is_file()]
-    if missing:
-        pipe = pipeline(config, device)
+    adapter = load(config, device) if missing else None
+    _begin(config, identity)
+    if adapter is not None:
         with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
             done = len(wanted) - len(missing)
-            for part, images in generate(pipe, missing, config):
+            for part, images in generate(adapter, missing, config):
                 for request, image in zip(part, images, strict=True):
                     write_image(_place(folder, request), image)
                 done += len(part)
@@ -126,28 +132,54 @@ _SCHEDULERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def pipeline(config: SampleConfig, device: torch.device) -> Any:
-    """The diffusers pipeline that a config asks for: its model, with its LoRA, under its scheduler."""
-    pipe = base.load(config.model, device=device, dtype=_DTYPES[config.dtype]).pipeline()
+def load(config: SampleConfig, device: torch.device) -> Adapter:
+    """The model that a config asks for, with its LoRA, its pipeline under the config's scheduler.
+
+    Raises:
+        ValueError: a side that the model cannot draw, or a scheduler that it cannot be sampled with.
+    """
+    adapter = base.load(config.model, device=device, dtype=_DTYPES[config.dtype])
+    _check_sides(config, adapter.multiple)
+    if config.negative_lora:
+        guide_away(adapter, config.negative_lora, config.negative_weight)
     if config.scheduler != "own":
         import diffusers
 
-        name, settings = _SCHEDULERS[config.scheduler]
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
-    return pipe
+        own = adapter.pipe.scheduler.config
+        flow = adapter.process.kind == "flow"
+        name, settings = _flow_scheduler(adapter, config.scheduler) if flow else _SCHEDULERS[config.scheduler]
+        adapter.pipe.scheduler = getattr(diffusers, name).from_config(own, **settings)
+    return adapter
+
+
+def _flow_scheduler(adapter: Adapter, wanted: str) -> tuple[str, dict[str, Any]]:
+    """Class and settings of a flow's scheduler, with the shift of the checkpoint's own."""
+    if wanted not in adapter.flow_schedulers:
+        why = {
+            "ddim": "a flow has no DDIM: euler is its deterministic step",
+            "dpm++sde": "the pipelines of flows do not seed the noise that it adds at each step",
+        }.get(wanted, f"{adapter.pipeline_class.__name__} hands its scheduler times that {wanted} does not take")
+        raise ValueError(f"scheduler: {wanted}: {why}; use {' or '.join(('own', *adapter.flow_schedulers))}")
+    own = adapter.pipe.scheduler.config
+    shift = own.get("flow_shift") or own.get("shift") or 1.0
+    if wanted == "euler":
+        return "FlowMatchEulerDiscreteScheduler", {"shift": shift}
+    settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    return "DPMSolverMultistepScheduler", {**settings, "algorithm_type": "dpmsolver++"}
 
 
 def generate(
-    pipe: Any, wanted: list[Request], config: SampleConfig
+    adapter: Adapter, wanted: list[Request], config: SampleConfig
 ) -> Iterator[tuple[list[Request], list[np.ndarray]]]:
     """Batches of requests with their pictures, uint8 [H, W, 3]; one CPU generator per picture."""
     for start in range(0, len(wanted), config.batch_size):
         part = wanted[start : start + config.batch_size]
+        negative = [config.negative_prompt] * len(part) if config.negative_prompt else None
         with torch.no_grad():
-            images = pipe(
+            images = adapter.pipeline()(
                 [request.prompt for request in part],
-                negative_prompt=[config.negative_prompt] * len(part) if config.negative_prompt else None,
-                num_inference_steps=config.steps, guidance_scale=config.guidance_scale,
+                num_inference_steps=config.steps,
+                **adapter.call_arguments(config.guidance_scale, negative, len(part)),
                 height=config.height, width=config.width, output_type="np",
                 generator=[torch.Generator().manual_seed(request.seed) for request in part],
             ).images  # fmt: skip
@@ -163,19 +195,25 @@ def _place(folder: Path, request: Request) -> Path:
     return folder / "images" / f"{request.sample}.png"
 
 
-def _check_sides(config: SampleConfig) -> None:
+def _check_sides(config: SampleConfig, multiple: int) -> None:
     for name, side in (("height", config.height), ("width", config.width)):
-        if side is not None and side % 8:
-            raise ValueError(f"{name}: {side} is not a multiple of 8; use {max(8, round(side / 8) * 8)}")
+        if side is not None and side % multiple:
+            near = max(1, round(side / multiple)) * multiple
+            raise ValueError(f"{name}: {side} is not a multiple of {multiple}; use {near}")
 
 
-def _check_same(config: SampleConfig) -> None:
-    """Writes config.yaml, or refuses a folder that another config filled. Files count by content, not by path."""
+def _check_same(config: SampleConfig) -> dict[str, Any]:
+    """What decides the pictures, for `_begin`. ValueError for a folder that another config filled.
+
+    Files count by content, not by path.
+    """
     folder, ignored = config.output, {"batch_size", "device", "output", "limit"}
     path = folder / "run.json"
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
     now["prompts"] = hashlib.sha256(json.dumps(_prompts(find(config.prompts))).encode()).hexdigest()
-    now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch)}
+    told = config.model.model_dump(include={"max_sequence_length", "guidance"}, exclude_none=True)
+    now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
+    now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch), **told}
     if path.is_file():
         before = json.loads(path.read_text())["config"]
         changed = sorted(key for key in now if now[key] != before.get(key))
@@ -184,6 +222,11 @@ def _check_same(config: SampleConfig) -> None:
                 f"{folder} holds pictures made with other values of: {', '.join(changed)}. "
                 "Choose another folder with --set output=..., or remove this one."
             )
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(config))
-    path.write_text(json.dumps({"config": now, "versions": versions()}, indent=2))
+    return now
+
+
+def _begin(config: SampleConfig, identity: dict[str, Any]) -> None:
+    """Makes the folder, with config.yaml and run.json; after the model has loaded, so that a mistake leaves nothing."""
+    (config.output / "images").mkdir(parents=True, exist_ok=True)
+    (config.output / "config.yaml").write_text(dump(config))
+    (config.output / "run.json").write_text(json.dumps({"config": identity, "versions": versions()}, indent=2))

@@ -1,8 +1,8 @@
 """The two tables between the verbs: media tables (a row per item) and preference tables (a row per prompt group).
 
 Media tables (`mmalign.media_table`) are written by `sample` and read by `score`. Preference tables are read by `train`,
-from mmalign's own form or from a public data set's (`mmalign.formats`), and become pairs. `docs/tables.md` describes
-both, with examples. Import all of it from here.
+from mmalign's own form or from a public data set's (`mmalign.formats`); `mmalign.judgements` makes pairs and lists
+of them. `docs/tables.md` describes both, with examples. Import all of it from here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from mmalign.formats import ADAPTERS, FORMATS, OVERALL, Adapter, Dropped, PreferenceRow
 from mmalign.media import MediaError, check_media
@@ -37,12 +36,10 @@ __all__ = [
     "Dropped",
     "MediaRef",
     "MediaRow",
-    "Pair",
     "PreferenceRow",
     "PreferenceTable",
     "captioned",
     "columns",
-    "pairs",
     "read_media_table",
     "read_preferences",
     "write_media_table",
@@ -259,47 +256,7 @@ def _problem(ref: MediaRef) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ pairs, writing
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two media of one prompt. `label` is how likely `winner` is better: 1.0, or 0.5 for a tie."""
-
-    prompt: str
-    winner: MediaRef
-    loser: MediaRef
-    label: float
-    weight: float
-    user_id: str | None
-    origin: str
-
-
-def pairs(
-    table: PreferenceTable, ties: Literal["drop", "soft", "half"] = "drop", dimension: str | None = None
-) -> list[Pair]:
-    """Every pair that the rows state: one for two media, k(k-1)/2 for k of them, each of the row's weight.
-
-    A tie is left out (`drop`), becomes one pair with label 0.5 (`soft`), or two pairs, one in each order, with label 1
-    and half the weight (`half`): the same mean gradient as `soft`, for losses that take no soft label.
-    ValueError for a row with several dimensions when `dimension` is not given, and for another `ties`.
-    """
-    if ties not in ("drop", "soft", "half"):
-        raise ValueError(f"ties is 'drop', 'soft' or 'half', not {ties!r}")
-    found: list[Pair] = []
-    for row in table.rows:
-        order = row.order(dimension)
-        for i, j in combinations(range(len(row.media)), 2):
-            first, second = (i, j) if order[i] <= order[j] else (j, i)
-            better, worse = row.media[first], row.media[second]
-            if order[i] != order[j]:
-                found.append(Pair(row.prompt, better, worse, 1.0, row.weight, row.user_id, row.origin))
-            elif ties == "soft":
-                found.append(Pair(row.prompt, better, worse, 0.5, row.weight, row.user_id, row.origin))
-            elif ties == "half":
-                for one, other in ((better, worse), (worse, better)):
-                    found.append(Pair(row.prompt, one, other, 1.0, row.weight / 2, row.user_id, row.origin))
-    return found
+# ------------------------------------------------------------------------------------------------ writing
 
 
 def write_preferences(path: str | Path, rows: Sequence[PreferenceRow]) -> None:
@@ -316,6 +273,7 @@ def write_preferences(path: str | Path, rows: Sequence[PreferenceRow]) -> None:
         media = [portable(ref, home) for ref in row.media]
         judged = {"scores": row.scores, "rank": row.rank, "label": row.label}
         known = {"user_id": row.user_id, "source": row.source, "weight": row.weight if row.weight != 1.0 else None}
-        values = {"prompt": row.prompt, "media": media, **judged, **known}
+        prompt = {"prompt": row.prompt} if row.prompts is None else {"prompts": list(row.prompts)}
+        values = {**prompt, "media": media, **judged, **known}
         items.append({name: value for name, value in values.items() if value is not None})
     write_json_lines(path, items)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from mmalign import checkpoints, noise, runs, tasks
+from mmalign import checkpoints, compiling, distributed, noise, order, runs, tasks
 from mmalign.jobs import Optim, TrainConfig
 from mmalign.progress import Progress
 
@@ -33,8 +32,9 @@ class _Step(nn.Module):
         self.trained = task.modules
         self._loss = task.loss
 
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._loss(batch)
+    def forward(self, work: dict[str, Any] | Callable[[], Any]) -> Any:
+        """(loss, metrics) of a batch, or the result of a function that needs the modules' whole weights."""
+        return work() if callable(work) else self._loss(work)
 
 
 def run(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -47,33 +47,21 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
     """
     device = runs.pick_device(config.device, config.precision)
     runs.check_trackers(config.log.trackers)
-    runs.prepare_folder(config, resume)
-    accelerator = _accelerator(config, device)
+    compiling.check(config.optim)
+    accelerator = distributed.accelerator(config, device)
+    runs.prepare_folder(config, resume, accelerator)
     torch.manual_seed(config.seed)  # for parts that are made from scratch
     task = tasks.make(config, accelerator.device)
     loop = Loop(config, task, accelerator)
     if accelerator.is_main_process:
-        runs.write_facts(config, task, loop.parameter_count)
+        runs.write_facts(config, task, loop.parameter_count, accelerator.num_processes)
         accelerator.init_trackers("mmalign", config={"config": config.model_dump_json()})
     if resume:
         loop.restore()
     loop.fit()
-    if accelerator.is_main_process:
-        loop.export()
+    loop.export()
     accelerator.end_training()
     return config.output
-
-
-def _accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
-    """Accelerate keeps device and precision for the whole process; a second run in it may want others."""
-    precision = "no" if config.precision == "fp32" else config.precision
-    state, cpu = AcceleratorState._shared_state, device.type == "cpu"
-    if state and (state["_mixed_precision"], state["_cpu"]) != (precision, cpu):
-        AcceleratorState._reset_state(reset_partial_state=True)
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    trackers = list(config.log.trackers) or None
-    return Accelerator(mixed_precision=precision, cpu=cpu, log_with=trackers, project_dir=config.output)
 
 
 class Loop:
@@ -82,34 +70,30 @@ class Loop:
     def __init__(self, config: TrainConfig, task: Any, accelerator: Accelerator):
         self.config, self.task, self.accelerator = config, task, accelerator
         self.module = _Step(task)
-        self.named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.parameter_count = sum(p.numel() for p in self.named.values())
-        assert self.named, "nothing to train"
-        optimizer = _optimizer(config.optim, list(self.named.values()))
+        optimizer = _optimizer(config.optim, [p for p in self.module.parameters() if p.requires_grad])
         self.schedule = get_scheduler(
             config.optim.schedule,
             optimizer,
             num_warmup_steps=config.optim.warmup,
             num_training_steps=config.optim.steps,
         )
-        self.wrapped, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self.wrapped, self.optimizer = distributed.prepare(accelerator, self.module, task, optimizer)
+        self.named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}  # FSDP has changed them
+        self.parameter_count = sum(p.numel() for p in self.named.values())
+        assert self.named, "nothing to train"
+        if config.optim.compile:
+            compiling.apply(config.optim, (task.adapter.denoiser, getattr(task, "frozen", None)))
         self.ema = EMAModel(self.named.values(), decay=config.ema.decay) if config.ema else None
+        together = config.optim.batch_size * accelerator.num_processes
+        self.order = order.order(config.seed, task.size, together, getattr(task, "buckets", None))
         self.step = 0
         self.saved = -1
         self.folder = config.output / "checkpoints"
 
     def positions(self, step: int, micro: int) -> list[tuple[int, int]]:
-        """(item, epoch) of this process's micro-batch: one endless shuffled stream, cut the same for any layout."""
-        batch, world = self.config.optim.batch_size, self.accelerator.num_processes
-        start = ((step * self.config.optim.accumulate + micro) * world + self.accelerator.process_index) * batch
-        stream = range(start, start + batch)
-        return [(self._order(p // self.task.size)[p % self.task.size], p // self.task.size) for p in stream]
-
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
-            generator = noise.generator("order", self.config.seed, epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.task.size, generator=generator).tolist()
-        return self._permutation
+        """(item, epoch) of this process's micro-batch: its slice of what all processes see together."""
+        batch, rank = self.config.optim.batch_size, self.accelerator.process_index
+        return self.order.block(step * self.config.optim.accumulate + micro)[rank * batch : (rank + 1) * batch]
 
     def batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(micro index, batch) from the current step to the last; the next batch is loaded in a thread."""
@@ -126,26 +110,40 @@ class Loop:
     def fit(self) -> None:
         """Runs to the last step; saves on the way, at the end and on Ctrl-C."""
         config, started = self.config, time.perf_counter()
+        if getattr(self.task, "over", False):  # resumed after it had ended early
+            return
         log = runs.MetricsLog(config.output, self.accelerator, self.step)
         bar = Progress(config.task, config.optim.steps, self.step, quiet=not self.accelerator.is_main_process)
         sums: dict[str, Tensor] = {}
         with runs.CatchInterrupt() as interrupt, bar:
             for micro, batch in self.batches():
+                if micro == 0 and hasattr(self.task, "begin"):
+                    self.task.begin(self.step)
                 for name, value in self._micro_step(micro, batch).items():
                     sums[name] = sums.get(name, 0) + value / config.optim.accumulate
                 if micro + 1 < config.optim.accumulate:
                     continue
                 sums["grad_norm"] = self._update(batch)
+                self._track(sums)
                 self.step += 1
                 if self.step % config.log.every == 0 or self.step == config.optim.steps:
                     seconds, started = time.perf_counter() - started, time.perf_counter()
                     record = log.write(self, sums, seconds)
                     bar.update(self.step, record)
                 sums = {}
-                self._housekeeping(interrupt.hit)
-                if interrupt.hit:
+                stop = distributed.any_process(self.accelerator, interrupt.hit)
+                enough = distributed.any_process(self.accelerator, self._enough())
+                self._housekeeping(stop or enough)
+                if enough:
+                    break
+                if stop:
                     raise KeyboardInterrupt(f"stopped after step {self.step}; run again with --resume to go on")
         log.close()
+
+    def _enough(self) -> bool:
+        """Whether the task asks to end the run here."""
+        finished = getattr(self.task, "finished", None)
+        return finished is not None and finished(self.step)
 
     def _micro_step(self, micro: int, batch: dict[str, Any]) -> dict[str, Tensor]:
         optim = self.config.optim
@@ -175,7 +173,7 @@ class Loop:
         """One optimiser step; the norm of the gradient before clipping. `batch` is named if that is not finite."""
         parameters = list(self.named.values())
         limit = self.config.optim.max_grad_norm or float("inf")
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit))
+        norm = distributed.whole(torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit)))
         if not torch.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such a step by itself
             raise self._not_finite("gradient norm", norm, batch)
         self.optimizer.step()
@@ -185,40 +183,54 @@ class Loop:
             self.ema.step(parameters)
         return norm
 
+    def _track(self, means: dict[str, Tensor]) -> None:
+        """Gives the task the metrics that it keeps averages of, as means over all processes."""
+        names = getattr(self.task, "tracks", ())
+        if not names:
+            return
+        self.task.track(distributed.means(self.accelerator, {name: means[name] for name in names}))
+
     def _housekeeping(self, interrupted: bool) -> None:
         config, final = self.config, self.step == self.config.optim.steps
         if self.step % config.checkpoint.every == 0 or final or interrupted:
             self.save()
-        if self.accelerator.is_main_process and (self.step % config.validation.every == 0 or final):
-            self.task.validate(config.output / "validation", self.step)
+        if self.step % config.validation.every == 0 or final:
+            with compiling.paused():
+                distributed.validate(self.accelerator, self.wrapped, self.task, config.output / "validation", self.step)
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the modules: trained parameters, and buffers such as batch norm's statistics."""
-        stored = self.module.state_dict().keys()
-        return {**self.named, **{name: buffer for name, buffer in self.module.named_buffers() if name in stored}}
+        trained = self.module.trained
+        stored = trained.state_dict().keys()
+        buffers = {f"trained.{name}": buffer for name, buffer in trained.named_buffers() if name in stored}
+        return {**self.named, **buffers}
 
     def save(self) -> None:
-        """A checkpoint of this step."""
-        if not self.accelerator.is_main_process or self.saved == self.step:
+        """A checkpoint of this step: written by the main process, from the shares of all."""
+        main = self.accelerator.is_main_process
+        if self.saved == self.step or not (main or distributed.is_shared(self.accelerator)):
             return
-        weights = self.kept()
+        weights = distributed.whole(self.kept(), keep=main)
+        state = {
+            "step": self.step,
+            "optimizer": distributed.whole(self.optimizer.state_dict(), keep=main),
+            "schedule": self.schedule.state_dict(),
+            "ema": distributed.whole(self.ema.state_dict(), keep=main) if self.ema else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "config": self.config.model_dump_json(),
+            "items": runs.items_per_step(self.config, self.accelerator),
+            "facts": json.dumps(runs.versions()),
+        }
+        self.saved = self.step
+        if not main:
+            return
         broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
         if broken:
             raise ValueError(
                 f"{len(broken)} tensors hold values that are not finite after step {self.step}, first {broken[0]}, so "
                 "no checkpoint was written and the run stops here. Lower optim.lr; earlier checkpoints are intact."
             )
-        state = {
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "config": self.config.model_dump_json(),
-            "facts": json.dumps(runs.versions()),
-        }
         checkpoints.save(self.folder, self.step, weights, state, self.config.checkpoint.keep)
-        self.saved = self.step
 
     def restore(self) -> None:
         """Loads the newest checkpoint, if there is one."""
@@ -232,27 +244,29 @@ class Loop:
             raise ValueError(f"{checkpoint} does not fit this config: {len(odd)} other tensors, first {odd[0]}")
         with torch.no_grad():
             for name, value in kept.items():
-                value.copy_(weights[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+                value.copy_(distributed.part(weights[name], value))
+        parameters = list(self.named.values())
+        self.optimizer.load_state_dict(distributed.optimizer_parts(state["optimizer"], parameters))
         self.schedule.load_state_dict(state["schedule"])
         if self.ema:
-            self.ema.load_state_dict(state["ema"])
+            shadow = zip(state["ema"]["shadow_params"], parameters, strict=True)
+            self.ema.load_state_dict({**state["ema"], "shadow_params": [distributed.part(*each) for each in shadow]})
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = self.saved = state["step"]
 
     def export(self) -> None:
-        """The finished model, with the moving average if there is one."""
-        parameters = list(self.named.values())
+        """The finished model, with the moving average if there is one: the end of the run, in all processes."""
         if self.ema:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-        folder = self.config.output / "export"
-        folder.mkdir(exist_ok=True)
-        self.task.export(folder)
-        if self.ema:
-            self.ema.restore(parameters)
+            self.ema.copy_to(list(self.named.values()))
+        distributed.put_together(self.accelerator, self.task)
+        if self.accelerator.is_main_process:
+            folder = self.config.output / "export"
+            folder.mkdir(exist_ok=True)
+            with compiling.paused():
+                self.task.export(folder)
+        self.accelerator.wait_for_everyone()
 
 
 def _optimizer(optim: Optim, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

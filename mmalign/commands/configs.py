@@ -26,6 +26,7 @@ class Job(StrEnum):
     train = "train"
     sample = "sample"
     score = "score"
+    prefer = "prefer"
 
 
 JobOption = Annotated[Job | None, typer.Option("--job", help="Which job the file is for, where its keys do not tell.")]
@@ -41,25 +42,28 @@ def register(app: typer.Typer) -> None:
 
 def schema_of(job: Job) -> Any:
     """The root schema of a job's config."""
-    from mmalign import jobs
+    from mmalign import jobs, jobs_prefer
 
-    return {Job.train: jobs.TrainConfig, Job.sample: jobs.SampleConfig, Job.score: jobs.ScoreConfig}[job]
+    schemas = {Job.train: jobs.TrainConfig, Job.sample: jobs.SampleConfig, Job.score: jobs.ScoreConfig}
+    return (schemas | {Job.prefer: jobs_prefer.PreferConfig})[job]
 
 
 def job_of(document: Document) -> Job | None:
     """Which job a config is for: the one to which most of its tell-tale keys belong, None where they do not tell.
 
-    A key is tell-tale where only one job has it (``loss``, ``prompts``, ``evaluators``), so that a slip in one key does
-    not change the answer and no file has to repeat what its keys say.
+    A key is tell-tale where only one job has it (``loss``, ``rewards``, ``evaluators``), so that a slip in one key does
+    not change the answer and no file has to repeat what its keys say. Among equals the job that knows most of the keys
+    is meant: only sampling has both ``model`` and ``prompts``.
     """
+    keys = set(document.data)
     fields = {job: set(schema_of(job).model_fields) for job in Job}
     shares = {
-        job: len(set(document.data) & (own - set().union(*(fields[other] for other in Job if other != job))))
+        job: (len(keys & (own - set().union(*(fields[other] for other in Job if other != job)))), len(keys & own))
         for job, own in fields.items()
     }
     best = max(shares.values())
     first, *others = [job for job, share in shares.items() if share == best]
-    return None if others or not best else first
+    return None if others or not any(best) else first
 
 
 def load_job(path: Path, overrides: list[str] | None = None, job: Job | None = None) -> Any:

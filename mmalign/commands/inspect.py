@@ -102,12 +102,23 @@ def _evaluators(plugins: bool) -> list[dict[str, Any]]:
 
 
 def _methods() -> list[dict[str, Any]]:
-    from mmalign.jobs import LOSSES
+    """Every objective, and what changes the data or the noise of any of them."""
+    from mmalign.methods import LOSSES, OPTIONS, Preference
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in LOSSES:
-        name = variant.model_fields["kind"].default
-        rows.append({"name": name, "summary": (variant.__doc__ or "").strip().splitlines()[0], "task": variant.task})
+        row: dict[str, Any] = {
+            "name": variant.model_fields["kind"].default,
+            "summary": (variant.__doc__ or "").strip().splitlines()[0],
+            "task": variant.task,
+            "parameterisations": list(variant.parameterisations),
+        }
+        if issubclass(variant, Preference):
+            row |= {"family": variant.family, "items": variant.items, "reference": not variant.reference_free}
+        rows.append(row)
+    for name, (family, setting, summary) in OPTIONS.items():
+        option = {"name": name, "summary": f"{summary} [{setting}]", "task": "preference", "family": family}
+        rows.append({**option, "parameterisations": ["eps", "v", "flow"], "setting": setting})
     return rows
 
 

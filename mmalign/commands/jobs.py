@@ -62,9 +62,14 @@ def train(
         mmalign train configs/shapes/dpo.yaml --resume
 
         accelerate launch -m mmalign train configs/shapes/dpo.yaml
+
+        mmalign train configs/shapes/online.yaml
     """
     settings = load_job(config, overrides, Job.train)
-    from mmalign.train import run
+    if settings.online:
+        from mmalign.rounds import run
+    else:
+        from mmalign.train import run
 
     typer.echo(f"run: {run(settings, resume=resume)}")
 

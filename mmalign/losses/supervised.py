@@ -14,13 +14,15 @@ def denoising(
     Args:
         error: [B] squared errors of the model's own parameterisation.
         snr: [B] signal-to-noise ratios, needed with `snr_gamma`.
-        snr_gamma: caps the weight: min(snr, gamma) / snr for eps, min(snr, gamma) / (snr + 1) for v.
+        snr_gamma: caps the weight of the x_0 error: min(snr, gamma) / snr for eps, / (snr + 1) for v, and
+            / (sqrt(snr) + 1)^2 for flow, whose squared error is the x_0 error over t^2.
     """
     error = error.float()
     weight = torch.ones_like(error)
     if snr_gamma is not None:
         assert snr is not None
-        weight = snr.clamp(max=snr_gamma) / (snr if parameterisation == "eps" else snr + 1)
+        per_x0 = {"eps": snr, "v": snr + 1, "flow": (snr.sqrt() + 1).square()}[parameterisation]
+        weight = snr.clamp(max=snr_gamma) / per_x0
     loss = (weight * error).mean()
     return loss, {"model_err": error.mean().detach()}
 

@@ -1,20 +1,4 @@
-"""The contract of a model adapter, and the loader that picks one.
-
-A family differs from the others here and nowhere else. An adapter is a plain class with these members:
-
-    family: str                      its name in a config
-    parameterisation: "eps" | "v"    what the denoiser predicts
-    denoiser: nn.Module              what is fine-tuned
-    alphas_cumprod: Tensor [T]       the noise schedule
-    latent_shape(height, width)      -> (C, h, w)
-    encode_prompt(prompts, grad)     -> Condition: dict of tensors, first dim B
-    add_size(condition, sizes)       -> the condition with what the family needs to know of picture sizes and crops
-    encode_media(pixels)             [B, 3, H, W] in [-1, 1] -> [B, 2, C, h, w]: scaled mean and std of the posterior
-    decode(latents)                  -> pixels [B, 3, H, W] in [-1, 1]
-    noisy, target, predict, step     the process; see `StableDiffusion`
-    pipeline()                       the diffusers pipeline that shares these modules
-    lora_targets                     default modules of an adapter
-"""
+"""Finding, checking and loading a checkpoint folder; `models/adapter.py` is what comes out."""
 
 from __future__ import annotations
 
@@ -28,17 +12,22 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign.jobs import Model
+from mmalign.models.adapter import Adapter
 from mmalign.models.checkpoint import _component_faults as checkpoint_faults
 from mmalign.models.checkpoint import check_folder
 from mmalign.paths import find
 from mmalign.weights import files_hash
 
-Condition = dict[str, Tensor]
 _HASHED = {".safetensors", ".json", ".txt"}
-_MISFITS = (RuntimeError, ValueError, KeyError, SafetensorError)  # how diffusers says that a LoRA does not fit
+MISFITS = (RuntimeError, ValueError, KeyError, SafetensorError)  # how diffusers says that a LoRA does not fit
 _CLASSES = {
     "StableDiffusionPipeline": ("sd", "mmalign.models.sd:StableDiffusion"),
     "StableDiffusionXLPipeline": ("sdxl", "mmalign.models.sdxl:StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "mmalign.models.sd3:StableDiffusion3"),
+    "FluxPipeline": ("flux", "mmalign.models.flux:Flux"),
+    "PixArtSigmaPipeline": ("pixart", "mmalign.models.pixart:PixArtSigma"),
+    "SanaPipeline": ("sana", "mmalign.models.sana:Sana"),
+    "QwenImagePipeline": ("qwen_image", "mmalign.models.qwen_image:QwenImage"),
 }
 
 
@@ -57,6 +46,11 @@ def family_of(path: Path) -> str:
             f"{path}: no adapter for {name or 'an index without _class_name'}; known: {', '.join(_CLASSES)}"
         )
     return _CLASSES[name][0]
+
+
+def pipeline_name(family: str) -> str:
+    """The name of the diffusers pipeline class of a family."""
+    return {known: name for name, (known, _) in _CLASSES.items()}[family]
 
 
 def check(config: Model) -> Path:
@@ -98,7 +92,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae_dtype: torch.dtype | None = None,
-) -> Any:
+) -> Adapter:
     """Loads a checkpoint folder behind its family's adapter; `vae_dtype` is `dtype` unless given.
 
     Raises:
@@ -109,7 +103,7 @@ def load(
     module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(path)].partition(":")
     found = config.model_copy(update={"path": path})
     kind = getattr(importlib.import_module(module), name)
-    adapter = kind.load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype)
+    adapter: Adapter = kind.load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype)
     if config.lora:
         _fuse(adapter.pipeline(), lora_file(config.lora))
     return adapter
@@ -124,18 +118,16 @@ def _no_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def lora_file(path: Path) -> Path:
-    """The safetensors file of `model.lora`, a file or a folder such as a run's export. ValueError if there is none."""
+def lora_file(path: Path, key: str = "model.lora") -> Path:
+    """The safetensors file of a LoRA, given as a file or a folder, such as a run's export. ValueError without one."""
     path = find(path)
     file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     if not file.exists():
         raise ValueError(
-            f"model.lora: {file} does not exist; give a LoRA file, or a folder with this file (a run's export/)"
+            f"{key}: {file} does not exist; give a LoRA file, or a folder with this file (a run's export/)"
         )
     if file.suffix != ".safetensors":
-        raise ValueError(
-            f"model.lora: {file} is not a safetensors file, and pickled weights are refused; convert it first"
-        )
+        raise ValueError(f"{key}: {file} is not a safetensors file, and pickled weights are refused; convert it first")
     return file
 
 
@@ -147,16 +139,26 @@ def _fuse(pipe: Any, file: Path) -> None:
     logging = diffusers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that a LoRA of the denoiser has nothing for the text encoder
+    own = hasattr(pipe, "load_lora_weights")  # PixArt-Sigma's pipeline has no LoRA loader, our transformer has
+    options = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True, use_safetensors=True)
-    except _MISFITS as error:
+        if own:
+            pipe.load_lora_weights(str(file.parent), **options)
+        else:
+            pipe.transformer.load_lora_adapter(str(file.parent), prefix="transformer", **options)
+    except MISFITS as error:
         raise ValueError(f"model.lora: {file} does not fit the model ({str(error).splitlines()[0]}); {fix}") from error
     finally:
         logging.set_verbosity(level)
-    if not pipe.get_active_adapters():
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    if not (pipe.get_active_adapters() if own else getattr(denoiser, "peft_config", None)):
         raise ValueError(f"model.lora: no tensor of {file} has a place in the model; {fix}")
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
+    if own:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    else:
+        denoiser.fuse_lora()
+        denoiser.unload_lora()
 
 
 def fingerprint(config: Model) -> dict[str, str]:

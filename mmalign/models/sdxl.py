@@ -8,19 +8,20 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from mmalign.models.base import Condition
+from mmalign.models.adapter import Condition
 from mmalign.models.sd import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
     """Adapter for every folder that `StableDiffusionXLPipeline.from_pretrained` loads.
 
-    It is Stable Diffusion with another condition (2307.01952, section 2.2), hence the one subclass of the house.
+    It is Stable Diffusion with another condition (2307.01952, section 2.2).
     """
 
     family = "sdxl"
     pipeline_class: Any = StableDiffusionXLPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
+    unused = ()
 
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
         """Both encoders' penultimate states side by side [B, L, D1 + D2], and the second's pooled embedding [B, P].
@@ -29,8 +30,8 @@ class StableDiffusionXL(StableDiffusion):
         """
         pipe = self.pipe
         with self.encoding(grad):
-            first = pipe.text_encoder(self._tokens(pipe.tokenizer, prompts), output_hidden_states=True)
-            second = pipe.text_encoder_2(self._tokens(pipe.tokenizer_2, prompts), output_hidden_states=True)
+            first = pipe.text_encoder(self.tokens(pipe.tokenizer, prompts).input_ids, output_hidden_states=True)
+            second = pipe.text_encoder_2(self.tokens(pipe.tokenizer_2, prompts).input_ids, output_hidden_states=True)
             hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             pooled = second.text_embeds
         if pipe.config.get("force_zeros_for_empty_prompt"):

@@ -10,7 +10,13 @@ import json
 import sys
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from mmalign.shapes.captions import WORDS
@@ -80,11 +86,7 @@ def write_sd(folder: Path) -> None:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=96, attention_head_dim=4, norm_num_groups=8,
     ).save_config(folder / "unet")  # fmt: skip
-    AutoencoderKL(
-        latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64,
-        mid_block_add_attention=False, down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-    ).save_config(folder / "vae")  # fmt: skip
+    write_vae(folder / "vae")
     DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing",
@@ -100,6 +102,51 @@ def write_sd(folder: Path) -> None:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_vae(folder: Path, shift: float | None = None) -> None:
+    """The autoencoder of both generators."""
+    AutoencoderKL(
+        latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64,
+        mid_block_add_attention=False, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, shift_factor=shift,
+    ).save_config(folder)  # fmt: skip
+
+
+def write_flow(folder: Path) -> None:
+    """configs/shapes/flow: a StableDiffusion3Pipeline of about 4 million parameters on the same latents, without T5."""
+    for tokenizer_name, encoder_name in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        tokenizer = write_tokenizer(folder / tokenizer_name)
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=64, hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        text.architectures = ["CLIPTextModelWithProjection"]
+        text.save_pretrained(folder / encoder_name)
+    SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6, num_attention_heads=4,
+        attention_head_dim=28, caption_projection_dim=112, joint_attention_dim=128, pooled_projection_dim=128,
+        pos_embed_max_size=16, qk_norm="rms_norm",
+    ).save_config(folder / "transformer")  # fmt: skip
+    write_vae(folder / "vae", shift=0.0)
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": [None, None],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -125,4 +172,5 @@ def write_clip(folder: Path) -> None:
 
 if __name__ == "__main__":
     write_sd(Path(sys.argv[1]) / "sd")
+    write_flow(Path(sys.argv[1]) / "flow")
     write_clip(Path(sys.argv[1]) / "clip")

@@ -6,12 +6,14 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import combinations
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from mmalign.judgements import Judged
 from mmalign.shapes.annotators import ANNOTATORS
 from mmalign.shapes.captions import COLOURS, COUNT_WEIGHTS, KINDS, Caption, captions
 from mmalign.shapes.scene import SIDE, Scene, render, sample_scene
@@ -39,6 +41,11 @@ class Drawing:
     def hash(self) -> str:
         """What identifies the picture, for caches."""
         return f"shapes-1:{self.seed}:{self.caption}:{self.damage}:{self.wrong}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, without drawing it."""
+        return SIDE, SIDE
 
     def image(self) -> np.ndarray:
         """uint8 RGB [64, 64, 3]."""
@@ -73,33 +80,23 @@ def drawings(
     return [Drawing(caption, (seed, i)) for i, caption in enumerate(wanted)]
 
 
-@dataclass(frozen=True)
-class JudgedPair:
-    """Two drawings for one caption; `label` in [0.5, 1] is the share of votes for `winner`, a tie being half a vote."""
+def judged_groups(
+    count: int, seed: int, annotator: str, *, votes: int = 1, per_prompt: int = 2, held_out: bool = False,
+    processes: int = 1,
+) -> list[Judged]:  # fmt: skip
+    """Drawings of `count` captions, `per_prompt` of each, any of them wrong or damaged, judged in pairs.
 
-    prompt: str
-    winner: Drawing
-    loser: Drawing
-    label: float
-    weight: float = 1.0
-    origin: str = "shapes"
-
-
-def judged_pairs(
-    count: int, seed: int, annotator: str, *, votes: int = 1, held_out: bool = False, processes: int = 1
-) -> list[JudgedPair]:
-    """Pairs in which either picture may be wrong or damaged, judged by a simulated annotator; ties are kept.
-
-    `votes`: how often each pair is judged, with fresh noise. `processes` changes how long it takes (about 20 ms a pair
-    in one process, reading the pictures), never the result; from a script with more than one, the call has to be under
-    `if __name__ == "__main__"`, as for any spawned process.
+    `wins` of the result are the shares of votes of a simulated annotator, a tie being half a vote; `scores` are the
+    annotator's utilities without noise. `votes`: how often each pair is judged, with fresh noise. `processes` changes
+    how long it takes (about 20 ms a pair in one process, reading the pictures), never the result; from a script with
+    more than one, the call has to be under `if __name__ == "__main__"`, as for any spawned process.
 
     Raises:
         ValueError: no annotator has that name.
     """
     if annotator not in ANNOTATORS:
         raise ValueError(f"no annotator is called {annotator!r}; there are: {', '.join(ANNOTATORS)}")
-    judge = partial(_judged, seed=seed, annotator=annotator, votes=votes)
+    judge = partial(_judged, seed=seed, annotator=annotator, votes=votes, per_prompt=per_prompt)
     wanted = list(enumerate(captions(count, seed, held_out=held_out)))
     if processes == 1:
         return [judge(one) for one in wanted]
@@ -108,15 +105,18 @@ def judged_pairs(
         return list(pool.map(judge, wanted, chunksize=64))
 
 
-def _judged(numbered: tuple[int, Caption], *, seed: int, annotator: str, votes: int) -> JudgedPair:
+def _judged(numbered: tuple[int, Caption], *, seed: int, annotator: str, votes: int, per_prompt: int) -> Judged:
     (i, caption), judge = numbered, ANNOTATORS[annotator]
     rng = np.random.default_rng([seed, i, 2])
-    a, b = (
-        Drawing(caption, (seed, i, side), float(rng.random() * (rng.random() < 0.6)), bool(rng.random() < 0.4))
-        for side in (3, 4)
-    )
-    utilities = [judge.utility(caption, drawing.image()) for drawing in (a, b)]
-    verdicts = Counter(judge.judge(rng, *utilities) for _ in range(votes))
-    share = (verdicts["A"] + verdicts["same"] / 2) / votes
-    winner, loser = (b, a) if share < 0.5 else (a, b)
-    return JudgedPair(str(caption), winner, loser, max(share, 1 - share), 1.0, f"shapes {seed}/{i}")
+    drawn = [
+        Drawing(caption, (seed, i, 3 + side), float(rng.random() * (rng.random() < 0.6)), bool(rng.random() < 0.4))
+        for side in range(per_prompt)
+    ]
+    utilities = [judge.utility(caption, drawing.image()) for drawing in drawn]
+    wins = np.full((per_prompt, per_prompt), 0.5)
+    for a, b in combinations(range(per_prompt), 2):
+        verdicts = Counter(judge.judge(rng, utilities[a], utilities[b]) for _ in range(votes))
+        wins[a, b] = (verdicts["A"] + verdicts["same"] / 2) / votes
+        wins[b, a] = 1 - wins[a, b]
+    prompts = (str(caption),) * per_prompt
+    return Judged(prompts, tuple(drawn), wins, tuple(utilities), 1.0, f"shapes {seed}/{i}")

@@ -6,13 +6,15 @@ import json
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    pipe = StableDiffusionPipeline.from_pretrained(
-        source, dtype=torch.float16, local_files_only=True, use_safetensors=True
+    index = json.loads((source / "model_index.json").read_text())
+    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and not entry[0]}
+    pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
+        source, dtype=torch.float16, local_files_only=True, use_safetensors=True, **absent
     )
     pipe.save_pretrained(target)
     for file in target.rglob("*.json"):  # where the weights lay before is nobody's business, and changes each time

@@ -10,6 +10,13 @@
     export(folder)                       the finished checkpoint, in the formats that other tools load
     describe(batch)                      names the items of a batch, for the message of a NaN stop
 
+and, where it has them:
+
+    buckets                              a number for each item (a list): a batch holds items of one number
+    begin(step)                          before each optimiser step
+    tracks, track(means)                 metrics that it keeps averages of, and their means after each step
+    finished(step), over                 whether to end the run here, and whether it had ended before a resume
+
 A new task is one more file here and one more line in `TASKS`.
 """
 

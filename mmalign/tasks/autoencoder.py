@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from mmalign.jobs import Reconstruction, TrainConfig
+from mmalign.jobs import TrainConfig
 from mmalign.losses import supervised
 from mmalign.media import write_image
+from mmalign.methods import Reconstruction
 from mmalign.models import base
 from mmalign.tasks import sources
 from mmalign.tasks.inputs import View, cut, draw, picture
@@ -26,6 +28,11 @@ class AutoencoderTask:
         self.items, dropped = sources.singles(config.data)
         self.size = len(self.items)
         self.adapter = base.load(config.model, device=device)
+        if not isinstance(self.adapter.vae, AutoencoderKL):
+            raise ValueError(
+                f"task: autoencoder trains an AutoencoderKL, and {config.model.path} has "
+                f"{type(self.adapter.vae).__name__}; take a model of another family (sd, sdxl, sd3, flux, pixart)"
+            )
         self.vae = self.adapter.vae.requires_grad_(True).train()
         if device.type == "cpu":
             self.vae.to(memory_format=torch.channels_last)

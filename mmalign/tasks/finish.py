@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 from mmalign import export as exporting
 from mmalign.jobs import TrainConfig
 from mmalign.media import write_image
 from mmalign.models import base
+from mmalign.tasks.state import adapter_off
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +37,8 @@ def make_trainable(adapter: Any, config: TrainConfig) -> nn.ModuleDict:
             torch.manual_seed(config.seed)
             denoiser.requires_grad_(False)
             denoiser.add_adapter(lora_config(config, targets))
+        if config.lora.init:
+            _go_on_from(denoiser, config.lora.init)
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -44,6 +48,20 @@ def make_trainable(adapter: Any, config: TrainConfig) -> nn.ModuleDict:
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
     return nn.ModuleDict({"denoiser": denoiser})
+
+
+def _go_on_from(denoiser: Any, path: Path) -> None:
+    """Copies a LoRA file of the same shape into the adapter. ValueError, by name, for one that has another."""
+    file = base.lora_file(path, "lora.init")
+    found = {key.partition(".")[2]: value for key, value in load_file(file).items()}  # without unet. or transformer.
+    wanted = get_peft_model_state_dict(denoiser)
+    odd = sorted(found.keys() ^ wanted.keys()) or [k for k in found if found[k].shape != wanted[k].shape]
+    if odd:
+        raise ValueError(
+            f"lora.init: {file} does not fit the adapter: {odd[0]} and {len(odd) - 1} other tensors are in one of them "
+            "alone, or of another rank; give lora.rank and lora.targets of the run that made it"
+        )
+    set_peft_model_state_dict(denoiser, found)
 
 
 def _check_targets(denoiser: nn.Module, targets: tuple[str, ...]) -> None:
@@ -76,41 +94,52 @@ def validate(adapter: Any, config: TrainConfig, folder: Path, step: int) -> None
     wanted = config.validation
     if not wanted.prompts:
         return
-    states = [(module, module.training) for module in (adapter.denoiser, *adapter.frozen())]
-    for module, _ in states:
-        module.eval()
     rows = [_row(adapter, config)]
     if has_adapter(adapter):
-        adapter.denoiser.disable_adapters()
-        rows.append(_row(adapter, config))
-        adapter.denoiser.enable_adapters()
-    for module, training in states:
-        module.train(training)
+        with adapter_off(adapter.denoiser):
+            rows.append(_row(adapter, config))
     write_image(folder / f"step-{step:06d}.png", np.concatenate(rows, axis=0))
 
 
 def _row(adapter: Any, config: TrainConfig) -> np.ndarray:
-    wanted = config.validation
+    wanted, prompts = config.validation, list(config.validation.prompts)
+    seeds = range(wanted.seed, wanted.seed + len(prompts))
+    return np.concatenate(draw(adapter, config, prompts, seeds, wanted.steps, wanted.guidance_scale), axis=1)
+
+
+@torch.no_grad()
+def draw(
+    adapter: Any, config: TrainConfig, prompts: list[str], seeds: range, steps: int, guidance_scale: float
+) -> list[np.ndarray]:
+    """Pictures uint8 [H, W, 3] of the model as it is, in evaluation mode, a seed for each prompt."""
+    states = [(module, module.training) for module in (adapter.denoiser, *adapter.frozen())]
+    for module, _ in states:
+        module.eval()
     device = "cuda" if adapter.device.type == "cuda" else "cpu"
-    with torch.autocast(device, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
-        pictures = adapter.pipeline()(
-            list(wanted.prompts), num_inference_steps=wanted.steps, guidance_scale=wanted.guidance_scale,
-            height=config.data.resolution, width=config.data.resolution, output_type="np",
-            generator=[torch.Generator().manual_seed(wanted.seed + i) for i in range(len(wanted.prompts))],
-        ).images  # fmt: skip
-    return np.concatenate(list((pictures * 255).round().astype(np.uint8)), axis=1)
+    try:
+        with torch.autocast(device, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
+            pictures = adapter.pipeline()(
+                prompts, num_inference_steps=steps, **adapter.call_arguments(guidance_scale, None, len(prompts)),
+                output_type="np", height=config.data.resolution, width=config.data.resolution,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            ).images  # fmt: skip
+    finally:
+        for module, training in states:
+            module.train(training)
+    return list((pictures * 255).round().astype(np.uint8))
 
 
 @torch.no_grad()
 def export(adapter: Any, config: TrainConfig, folder: Path, facts: dict[str, Any]) -> None:
     """LoRA files for diffusers and ComfyUI, or the whole pipeline; and a model card."""
-    unet = adapter.denoiser
+    denoiser = adapter.denoiser
     if has_adapter(adapter):
-        state = {name: value.detach().cpu() for name, value in get_peft_model_state_dict(unet).items()}
-        exporting.export_lora(state, unet.peft_config["default"], adapter.family, unet.config, folder)
+        state = {name: value.detach().cpu() for name, value in get_peft_model_state_dict(denoiser).items()}
+        exporting.export_lora(state, denoiser.peft_config["default"], adapter.family, denoiser.config, folder)
     else:
         exporting.export_full(adapter.pipeline(), folder)
     exporting.model_card(
         folder, config=config.model_dump(mode="json"), data=str(facts.get("data", "")), scores={},
         base_model=str(config.model.path), licence="other", family=adapter.family, lora=has_adapter(adapter),
+        absent=[name for name in adapter.may_lack if getattr(adapter.pipe, name) is None],
     )  # fmt: skip

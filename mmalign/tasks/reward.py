@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from mmalign import clip_backbone
 from mmalign.clip_scoring import resize_pad
-from mmalign.jobs import HPS, Data, TrainConfig
+from mmalign.jobs import TrainConfig
 from mmalign.losses import reward as losses
+from mmalign.methods import HPS
 from mmalign.paths import find
 from mmalign.tasks import sources
 from mmalign.tasks.inputs import picture
@@ -28,8 +28,8 @@ class RewardTask:
         self.config, self.device = config, device
         self.on_pairs = config.loss.kind == "hps"
         self.unit = "pairs" if self.on_pairs else "images"
-        read: Callable[[Data], tuple[list[Any], str]] = sources.pairs if self.on_pairs else sources.singles
-        self.items, summary = read(config.data)
+        self.items: list[Any]
+        self.items, summary = sources.groups(config.data, "pairs") if self.on_pairs else sources.singles(config.data)
         self.size = len(self.items)
         folder = find(config.model.path)
         self.clip: Any  # open_clip's own class, which has no types
@@ -48,10 +48,10 @@ class RewardTask:
 
     def load(self, positions: list[tuple[int, int]]) -> dict[str, Any]:
         items = [self.items[index] for index, _ in positions]
-        sides = [[item.winner, item.loser] if self.on_pairs else [item.media] for item in items]
+        sides = [item.media if self.on_pairs else (item.media,) for item in items]
         pixels = torch.stack([self._pixels(media) for side in zip(*sides, strict=True) for media in side])
-        label = torch.tensor([getattr(item, "label", 1.0) for item in items])
-        tokens = self.tokenizer([item.prompt for item in items])
+        label = torch.tensor([item.values[0] if self.on_pairs else 1.0 for item in items])
+        tokens = self.tokenizer([item.prompts[0] if self.on_pairs else item.prompt for item in items])
         return {"pixels": pixels, "tokens": tokens, "label": label, "items": [index for index, _ in positions]}
 
     def _pixels(self, media: Any) -> Tensor:

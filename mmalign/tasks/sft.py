@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign import noise
-from mmalign.jobs import Denoising, TrainConfig
+from mmalign.jobs import TrainConfig
 from mmalign.losses import supervised
-from mmalign.losses.pairwise import squared_error
-from mmalign.tasks import finish, sources
-from mmalign.tasks.inputs import Inputs, View, draw
+from mmalign.losses.errors import squared_error
+from mmalign.methods import Denoising
+from mmalign.tasks import buckets, finish, sources
+from mmalign.tasks.inputs import Inputs, View, draw, timesteps, unit_noise
 
 
 class SFTTask:
@@ -29,16 +29,21 @@ class SFTTask:
         self.train_text = config.optim.train_text_encoder
         if self.train_text:
             for name in self.adapter.text_encoders:
+                if getattr(self.adapter.pipe, name) is None:
+                    continue
                 self.modules[name] = getattr(self.adapter.pipe, name).requires_grad_(True).train()
         self.inputs = Inputs(self.adapter, config.model, config.data, train_text=self.train_text)
-        self.facts: dict[str, Any] = {"data": summary}
+        self.targets = buckets.targets([(item.media,) for item in self.items], config.data, self.adapter)
+        self.buckets = self.targets.numbers
+        facts = self.targets.facts(lambda size: {})
+        self.facts: dict[str, Any] = {"data": summary + self.targets.summary(), **facts}
 
     def load(self, positions: list[tuple[int, int]]) -> dict[str, Any]:
         data, fetched, generators, prompts = self.config.data, [], [], []
         for index, epoch in positions:
             item = self.items[index]
             generator = draw(self.config.seed, item.media.hash(), item.prompt, epoch)
-            fetched.append(self.inputs.fetch(item.media, View.draw(data, generator)))
+            fetched.append(self.inputs.fetch(item.media, View.draw(data, generator), self.targets.size(index)))
             drop = torch.rand((), generator=generator).item() < data.caption_dropout
             prompts.append("" if drop else item.prompt)
             generators.append(generator)
@@ -47,15 +52,14 @@ class SFTTask:
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         adapter, generators = self.adapter, batch["generators"]
         latents = self.inputs.latents(batch["fetched"], generators)
-        t = torch.cat([adapter.sample_timesteps(1, g) for g in generators]).to(latents.device)
-        unit = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents.device)
+        t = timesteps(adapter, self.config.timesteps, latents.shape[1:], generators)
+        unit = unit_noise(adapter, latents.shape[1:], generators)
         condition = self.inputs.conditions(batch["prompts"], grad=self.train_text)
         condition = adapter.add_size(condition, torch.stack([item.sizes for item in batch["fetched"]]))
-        prediction = adapter.predict(adapter.noisy(latents, t, unit), t, condition)
-        error = squared_error(prediction, adapter.target(latents, t, unit))
-        gamma = self.objective.snr_gamma
+        prediction = adapter.predict(adapter.process.noisy(latents, t, unit), t, condition)
+        error = squared_error(prediction, adapter.process.target(latents, t, unit))
         return supervised.denoising(
-            error, snr=noise.snr(t, adapter.alphas_cumprod), snr_gamma=gamma, parameterisation=adapter.parameterisation
+            error, snr=adapter.process.snr(t), snr_gamma=self.objective.snr_gamma, parameterisation=adapter.process.kind
         )
 
     def validate(self, folder: Path, step: int) -> None:

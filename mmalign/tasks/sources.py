@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from mmalign import tables
+from mmalign import judgements, tables
 from mmalign.jobs import Data
+from mmalign.judgements import Group
 from mmalign.paths import find
-from mmalign.shapes.data import drawings, judged_pairs
+from mmalign.shapes.data import drawings, judged_groups
 
 WORTH_A_POOL = 5000  # pairs, a hundred seconds of judging in one process
 
@@ -34,27 +35,27 @@ def singles(data: Data) -> tuple[list[Single], str]:
     return _limited([Single(row.prompt, row.media) for row in table.rows], data, table.summary()), table.summary()
 
 
-def pairs(data: Data) -> tuple[list[Any], str]:
-    """Preference pairs (`prompt, winner, loser, label, weight, origin`), and the same sentence."""
+def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[list[Group], str]:
+    """Judged pictures as an objective takes them, and the same sentence."""
     if data.shapes:
         wanted = data.shapes
-        found: list[Any] = judged_pairs(
+        found = judged_groups(
             wanted.scenes,
             wanted.seed,
             wanted.annotator,
             votes=wanted.votes,
+            per_prompt=wanted.per_prompt,
             held_out=wanted.held_out,
             processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
         )
-        if data.ties == "drop":
-            found = [pair for pair in found if pair.label != 0.5]
-        summary = f"drew {wanted.scenes} pairs of the shapes world, kept {len(found)}"
+        summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
     else:
         assert data.table is not None
         table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension)
-        found = list(tables.pairs(table, data.ties))
-        summary = f"{table.summary()}; {len(found)} pairs with ties: {data.ties}"
-    return _limited(found, data, summary), summary
+        found, summary = judgements.judged(table.rows, data), table.summary()
+    kept = judgements.AS[items](found, data)
+    summary = f"{summary}; {len(kept)} {items}, ties: {data.ties}"
+    return _limited(kept, data, summary), summary
 
 
 def _limited(items: list[Any], data: Data, summary: str) -> list[Any]:

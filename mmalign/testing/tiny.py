@@ -62,7 +62,8 @@ def tiny_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token=pad_token)
 
 
-def _text_config(tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
+    """Two layers, 32 wide, as long as `tokenizer` pads."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_WIDTH,
@@ -107,7 +108,7 @@ def tiny_sd(path: str | Path, prediction_type: Literal["epsilon", "v_prediction"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()
-        text_encoder = CLIPTextModel(_text_config(tokenizer, "gelu" if second else "quick_gelu"))
+        text_encoder = CLIPTextModel(text_config(tokenizer, "gelu" if second else "quick_gelu"))
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(16, 32),
@@ -156,8 +157,8 @@ def tiny_sdxl(path: str | Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizers = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
-        text_encoder = CLIPTextModel(_text_config(tokenizers[0], "quick_gelu"))
-        text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizers[1], "gelu"))
+        text_encoder = CLIPTextModel(text_config(tokenizers[0], "quick_gelu"))
+        text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizers[1], "gelu"))
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 16, 24),

@@ -1,0 +1,254 @@
+"""From rows of preference tables to what objectives take: pairs, lists and single judged pictures.
+
+Whatever a row states (scores, rank, labels of one or several dimensions, votes of several people) becomes one matrix:
+`wins[i, j]`, how likely medium i is better than j. Pairs and lists are read off it, so that ties, soft votes and
+weighted dimensions mean the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+
+from mmalign.formats import PreferenceRow
+from mmalign.jobs import Data
+
+
+@dataclass(frozen=True)
+class Group:
+    """k media to train on together, k = 1 for singles; in a pair the winner comes first.
+
+    `values`: in [0, 1], higher is better; (label, 1 - label) for a pair, phi for a list, 1 or 0 for a single.
+    `scores`: as a reward gave them, where there is one. `rewards`: the same normalised over the table, else `values`.
+    """
+
+    prompts: tuple[str, ...]
+    media: tuple[Any, ...]
+    values: tuple[float, ...]
+    scores: tuple[float, ...] | None = None
+    rewards: tuple[float, ...] = ()
+    weight: float = 1.0
+    origin: str = ""
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What seeds this group's draws: the pictures, and the prompt (all of them where they differ)."""
+        prompts = self.prompts[:1] if len(set(self.prompts)) == 1 else self.prompts
+        return (*(medium.hash() for medium in self.media), *prompts)
+
+    @property
+    def gap(self) -> float:
+        """How much better the winner of a pair is, in [0, 1]: by rewards, or by the share of votes."""
+        if self.scores is not None:
+            return max(0.0, self.rewards[0] - self.rewards[1])
+        return max(0.0, self.values[0] - self.values[1])
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row, or several people's rows on the same media, as one matrix."""
+
+    prompts: tuple[str, ...]
+    media: tuple[Any, ...]
+    wins: np.ndarray  # [k, k], wins + wins.T = 1 off the diagonal, diagonal 1/2
+    scores: tuple[float, ...] | None
+    weight: float
+    origin: str
+
+    @property
+    def share(self) -> np.ndarray:
+        """phi, [k] in [0, 1]."""
+        return share_of(self.wins)
+
+
+def share_of(wins: np.ndarray) -> np.ndarray:
+    """phi: mean of wins [k, k] over the other media, [k] in [0, 1]."""
+    shares: np.ndarray = (wins.sum(1) - 0.5) / (len(wins) - 1)
+    return shares
+
+
+def wins_of(row: PreferenceRow, dimensions: dict[str, float] | None = None, dimension: str | None = None) -> np.ndarray:
+    """1 where medium i is better than j, 0 where it is worse, 1/2 for ties and on the diagonal: [k, k].
+
+    Args:
+        dimensions: weights; the result is the weighted mean over those that the row was judged on.
+        dimension: one of them, needed if the row has several and no weights are given.
+
+    Raises:
+        ValueError: the row has several dimensions and neither is given, or none of the weighted ones.
+    """
+    if dimensions is None:
+        return _compared(row.order(dimension))
+    known = {name: weight for name, weight in dimensions.items() if name in row.dimensions() and weight > 0}
+    if not known:
+        raise ValueError(f"{row.origin} is judged on {', '.join(row.dimensions())}, none of data.dimensions")
+    total = sum(weight * _compared(row.order(name)) for name, weight in known.items())
+    return np.asarray(total) / sum(known.values())
+
+
+def _compared(order: Sequence[float]) -> np.ndarray:
+    lower = np.asarray(order, float)
+    return 0.5 + 0.5 * np.sign(lower[None, :] - lower[:, None])
+
+
+def judged(rows: Sequence[PreferenceRow], data: Data) -> list[Judged]:
+    """Rows as matrices; with `data.votes: share` the rows on the same media are one, each vote at its row's weight.
+
+    Scores of several dimensions are min-max normalised over the table before they are added up.
+    """
+    ranges = _ranges(rows)
+    found = [
+        Judged(
+            row.prompts or (row.prompt,) * len(row.media), row.media, wins_of(row, data.dimensions, data.dimension),
+            _scores(row, data, ranges), row.weight, row.origin,
+        )
+        for row in rows
+    ]  # fmt: skip
+    return _merged(found) if data.votes == "share" else found
+
+
+def _ranges(rows: Sequence[PreferenceRow]) -> dict[str, tuple[float, float]]:
+    held: dict[str, list[float]] = {}
+    for row in rows:
+        for name, values in (row.scores or {}).items():
+            held.setdefault(name, []).extend(values)
+    return {name: (min(values), max(values)) for name, values in held.items()}
+
+
+def _scores(row: PreferenceRow, data: Data, ranges: dict[str, tuple[float, float]]) -> tuple[float, ...] | None:
+    if row.scores is None:
+        return None
+    if data.dimensions is None:
+        return row.scores[data.dimension or next(iter(row.scores))]
+    known = {name: weight for name, weight in data.dimensions.items() if name in row.scores and weight > 0}
+    total = np.zeros(len(row.media))
+    for name, weight in known.items():
+        low, high = ranges[name]
+        total += weight * (np.asarray(row.scores[name]) - low) / (high - low or 1.0)
+    return tuple((total / sum(known.values())).tolist())
+
+
+def _merged(found: list[Judged]) -> list[Judged]:
+    """One matrix for each set of media, whatever order a row lists them in."""
+    together: dict[Any, list[Judged]] = {}
+    for one in found:
+        together.setdefault(frozenset(zip(one.prompts, map(str, one.media), strict=True)), []).append(one)
+    merged = []
+    for votes in together.values():
+        first = votes[0]
+        names = list(map(str, first.media))
+        weights = np.array([vote.weight for vote in votes])
+        matrices = []
+        for vote in votes:
+            places = [list(map(str, vote.media)).index(name) for name in names]
+            matrices.append(vote.wins[np.ix_(places, places)])
+        total = weights.sum()
+        wins = np.tensordot(weights / total, matrices, 1) if total else np.mean(matrices, 0)
+        merged.append(replace(first, wins=wins, weight=float(weights.mean())))
+    return merged
+
+
+def _normalised(found: Sequence[Judged], data: Data) -> list[tuple[float, ...] | None]:
+    """Scores mapped to [0, 1] by the table's least and largest, or as they are with `data.normalise: none`."""
+    values = [score for one in found if one.scores is not None for score in one.scores]
+    low, high = (min(values), max(values)) if values and data.normalise == "minmax" else (0.0, 1.0)
+    spread = high - low or 1.0
+    return [None if one.scores is None else tuple((score - low) / spread for score in one.scores) for one in found]
+
+
+def pairs(found: Sequence[Judged], data: Data) -> list[Group]:
+    """Every pair of every row: the better one first, ties by `data.ties`; labels hard unless `data.soft_labels`.
+
+    A tie is left out (`drop`), becomes a pair with label 1/2 (`soft`), or two pairs, in both orders at half the weight.
+    With `data.pairing: across` the rows of different prompts are paired first, see `across`.
+    """
+    found = across(found) if data.pairing == "across" else found
+    groups: list[Group] = []
+    for one, rewards in zip(found, _normalised(found, data), strict=True):
+        for a, b in combinations(range(len(one.media)), 2):
+            i, j = (a, b) if one.wins[a, b] >= 0.5 else (b, a)
+            label = float(one.wins[i, j])
+            tie = label == 0.5
+            if tie and data.ties == "drop":
+                continue
+            orders, weight = [(i, j)], one.weight
+            if tie and data.ties == "half":
+                orders, weight, label = [(i, j), (j, i)], one.weight / 2, 1.0
+            elif not data.soft_labels and not tie:
+                label = 1.0
+            for better, worse in orders:
+                both = (better, worse)
+                values = (label, 1 - label)
+                scores = None if one.scores is None else tuple(one.scores[k] for k in both)
+                rewarded = values if rewards is None else tuple(rewards[k] for k in both)
+                prompts, media = tuple(one.prompts[k] for k in both), tuple(one.media[k] for k in both)
+                groups.append(Group(prompts, media, values, scores, rewarded, weight, one.origin))
+    return groups
+
+
+def across(found: Sequence[Judged]) -> list[Judged]:
+    """Joint preferences (2404.00530): medium j of each row against medium j of the next row with another prompt.
+
+    Which is better is a matter of scores, that must therefore mean the same for every prompt. As many pairs as a row
+    has media, for each row but the last. ValueError for rows without scores.
+    """
+    bare = next((one for one in found if one.scores is None), None)
+    if bare is not None:
+        raise ValueError(f"data.pairing: across compares scores, and {bare.origin} has none; use pairing: within")
+    paired = []
+    for one, other in pairwise(found):
+        if one.prompts[0] == other.prompts[0]:
+            continue
+        for a, b, *both in zip(one.media, other.media, one.scores or (), other.scores or (), strict=False):
+            prompts = (one.prompts[0], other.prompts[0])
+            weight = (one.weight + other.weight) / 2
+            wins = _compared([-score for score in both])
+            paired.append(Judged(prompts, (a, b), wins, tuple(both), weight, f"{one.origin} and {other.origin}"))
+    return paired
+
+
+def lists(found: Sequence[Judged], data: Data) -> list[Group]:
+    """Every row as a list; phi are the row's own scores where they are named phi, else shares of wins.
+
+    Rows in which all are tied rank nothing and are left out, unless `data.ties` keeps them.
+    """
+    groups = []
+    named = data.dimension == "phi" and data.dimensions is None
+    for one, rewards in zip(found, _normalised(found, data), strict=True):
+        phi = one.scores if named and one.scores is not None else tuple(one.share.tolist())
+        if len(set(phi)) == 1 and data.ties == "drop":
+            continue
+        groups.append(Group(one.prompts, one.media, phi, one.scores, rewards or phi, one.weight, one.origin))
+    return groups
+
+
+def singles(found: Sequence[Judged], data: Data) -> list[Group]:
+    """Every medium by itself: a like if it is better than the rest of its row, or if its score reaches a threshold.
+
+    With `data.desirable_from` a like is a score of at least that; else a share of wins above 1/2, and a picture at
+    exactly 1/2 is neither and left out.
+    """
+    groups = []
+    for one, rewards in zip(found, _normalised(found, data), strict=True):
+        for i in range(len(one.media)):
+            if data.desirable_from is not None:
+                if one.scores is None:
+                    raise ValueError(f"data.desirable_from needs scores, and {one.origin} has none; drop the key")
+                desirable = float(one.scores[i] >= data.desirable_from)
+            elif one.share[i] == 0.5:
+                continue
+            else:
+                desirable = float(one.share[i] > 0.5)
+            score = None if one.scores is None else (one.scores[i],)
+            reward = (desirable,) if rewards is None else (rewards[i],)
+            groups.append(
+                Group((one.prompts[i],), (one.media[i],), (desirable,), score, reward, one.weight, one.origin)
+            )
+    return groups
+
+
+AS = {"pairs": pairs, "lists": lists, "singles": singles}

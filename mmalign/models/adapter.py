@@ -1,0 +1,239 @@
+"""What a model family is to the rest of the suite: an adapter over a diffusers pipeline.
+
+A family differs from the others in its adapter and nowhere else. It says what its pipeline class is, which process it
+was trained for, how prompts become a condition, and how its denoiser is called. What most of them share (an
+AutoencoderKL, how a folder is loaded) stands here, so that a family is its differences.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.jobs import Model
+from mmalign.noise import Process, dynamic_shift
+from mmalign.paths import find
+
+Condition = dict[str, Tensor]
+"""What the denoiser is told besides latents and time: tensors by name, first dimension B."""
+
+
+class Adapter(ABC):
+    """A family's models behind one face.
+
+    A subclass sets what stands below as class attributes, sets `self.process` in `__init__`, and defines
+    `encode_prompt` and `predict`.
+    """
+
+    family: str
+    pipeline_class: Any
+    denoiser_name: str = "transformer"
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    unused: tuple[str, ...] = ()  # parts of the pipeline that are left out on loading
+    may_lack: tuple[str, ...] = ()  # parts that a checkpoint may come without
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    flow_schedulers: tuple[str, ...] = ("euler", "dpm++")  # of a flow: what its pipeline's call can be sampled with
+    guides_in_one_call: bool = True  # whether the pipeline asks for both branches of guidance in one batch
+    fixed_arguments: Mapping[str, Any] = {}  # of the pipeline's call: captions and sizes are to be as they are given
+    no_negative: str | None = None  # what the pipeline's call takes where there is no negative prompt
+    max_sequence_length: int | None = None  # text tokens, where the family's pipeline lets its caller choose
+    process: Process
+
+    def __init__(self, pipe: Any, config: Model):
+        self.pipe, self.config = pipe, config
+        self.denoiser: Any = getattr(pipe, self.denoiser_name)
+        self.vae = pipe.vae
+        self.text_length = config.max_sequence_length or self.max_sequence_length
+        self.guidance = self._embedded_guidance(config)
+        for module in self.frozen():
+            module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, config: Model, *, device: torch.device | str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Adapter:
+        """Loads a pipeline folder; `from_scratch` parts are made from their config.json."""
+        if config.max_sequence_length and cls.max_sequence_length is None:
+            raise ValueError(f"model.max_sequence_length: {cls.family} reads prompts of one length; drop the key")
+        dtypes = {"default": dtype, "vae": vae_dtype}
+        # Sorted, since each part made from scratch takes its weights from one stream of random numbers.
+        names = sorted({*config.components, *config.from_scratch})
+        parts = {name: _load_part(config, name, dtypes.get(name, dtype)) for name in names}
+        pipe = cls.pipeline_class.from_pretrained(
+            config.path, dtype=dtypes, local_files_only=True, use_safetensors=True, **cls.left_out(config), **parts
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe.to(device), config)
+
+    @classmethod
+    def left_out(cls, config: Model) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for parts that are not needed, and for those that the folder comes without.
+
+        ValueError for a text encoder or tokenizer that is missing and that the family cannot do without.
+        """
+        index = json.loads((config.path / "model_index.json").read_text())
+        absent = [name for name, entry in index.items() if isinstance(entry, list) and not entry[0]]
+        needed = {"vae", "scheduler", cls.denoiser_name, *cls.text_encoders}
+        needed |= {name.replace("text_encoder", "tokenizer") for name in cls.text_encoders}
+        missing = [name for name in absent if name in needed - {*cls.may_lack, *config.components}]
+        if missing:
+            raise ValueError(
+                f"{config.path} comes without {' and '.join(missing)}, and {cls.family} cannot do without; give the "
+                f"folder of the part: model.components: {{{missing[0]}: path/to/{missing[0]}}}"
+            )
+        return dict.fromkeys([*cls.unused, *absent])
+
+    def frozen(self) -> list[nn.Module]:
+        """The parts that preference training never changes."""
+        encoders = (getattr(self.pipe, name) for name in self.text_encoders)
+        return [self.vae, *(encoder for encoder in encoders if encoder is not None)]
+
+    @property
+    def parameterisation(self) -> str:
+        return self.process.kind
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def pipeline(self) -> Any:
+        """The diffusers pipeline that shares this adapter's modules."""
+        return self.pipe
+
+    def _embedded_guidance(self, config: Model) -> float | None:
+        """The guidance that a distilled denoiser is told in training; None for a denoiser that takes none.
+
+        A guidance-distilled model (2210.03142) predicts for a value g what classifier-free guidance of strength g
+        would give. Only at 1 is that the velocity of the data itself, whose error a training loss can measure: so 1
+        is the default, as other families are trained without guidance and sampled with it.
+        """
+        if self.denoiser.config.get("guidance_embeds"):
+            return 1.0 if config.guidance is None else config.guidance
+        if config.guidance is not None:
+            raise ValueError(f"model.guidance: the {self.denoiser_name} of {config.path} takes none; drop the key")
+        return None
+
+    def call_arguments(
+        self, guidance_scale: float, negative_prompts: list[str] | None, count: int = 1
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline's call with `count` prompts: guidance, and what the family fixes on top."""
+        length = {"max_sequence_length": self.text_length} if self.text_length else {}
+        negative = negative_prompts or self.no_negative
+        return {"guidance_scale": guidance_scale, "negative_prompt": negative, **length, **self.fixed_arguments}
+
+    # ------------------------------------------------------------------------------------------------ prompts
+
+    @abstractmethod
+    def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
+        """The condition of B prompts, as the family's pipeline encodes them. A row never depends on its neighbours."""
+
+    def add_size(self, condition: Condition, sizes: Tensor) -> Condition:
+        """The condition with what the family needs to know of picture sizes and crops.
+
+        sizes [B, 6]: original height and width, top and left of the crop, target height and width, in pixels.
+        """
+        return condition
+
+    @contextmanager
+    def encoding(self, grad: bool) -> Iterator[None]:
+        """What text encoders run under: autocast only where they are trained, so that a cached value fits every run."""
+        with torch.set_grad_enabled(grad), exact(self.device, off=not grad):
+            yield
+
+    def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> Any:
+        """Prompts padded and cut to `length` (the tokenizer's own by default): input_ids and attention_mask [B, L]."""
+        return tokenizer(
+            prompts, padding="max_length", max_length=length or tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------ pictures
+
+    @property
+    def vae_factor(self) -> int:
+        """How many pixels a side of one latent covers."""
+        factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return factor
+
+    @property
+    def patch(self) -> int:
+        """How many latents a side of one of the denoiser's tokens covers; 1 for a UNet."""
+        return int(self.denoiser.config.get("patch_size") or 1)
+
+    @property
+    def multiple(self) -> int:
+        """Sides of pictures, in pixels, are multiples of this."""
+        return self.vae_factor * self.patch
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one sample's latents for a picture of this size in pixels."""
+        return self.vae.config.latent_channels, height // self.vae_factor, width // self.vae_factor
+
+    @torch.no_grad()
+    def encode_media(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to posterior moments (mean, std) [B, 2, C, h, w], scaled for the denoiser.
+
+        Autocast is off: SDXL's autoencoder overflows in float16.
+        """
+        with exact(self.device):
+            posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        factor = self.vae.config.scaling_factor
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return torch.stack([(posterior.mean - shift) * factor, posterior.std * factor], dim=1).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to pixels [B, 3, H, W] in [-1, 1]; differentiable."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return self.vae.decode((latents / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample
+
+    # ------------------------------------------------------------------------------------------------ denoiser
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
+        """The prediction, shaped as `noisy` [B, C, h, w], at timesteps t [B], by `denoiser` or the adapter's own."""
+
+    def image_tokens(self, shape: tuple[int, ...]) -> int:
+        """How many tokens the transformer makes of latents of this shape."""
+        return (shape[-2] // self.patch) * (shape[-1] // self.patch)
+
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """The shift of flow times that the pipeline's own scheduler would use for latents of this shape."""
+        config = self.pipe.scheduler.config
+        if config.get("use_dynamic_shifting"):
+            return dynamic_shift(self.image_tokens(shape), config)
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+
+def exact(device: torch.device, off: bool = True) -> Any:
+    """Switches autocast off, if `off`."""
+    return torch.autocast(device.type, enabled=False) if off else nullcontext()
+
+
+def cast(condition: Condition, dtype: torch.dtype) -> Condition:
+    """The condition with its floating tensors in the denoiser's dtype; masks and indices as they are."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+
+
+def _load_part(config: Model, name: str, dtype: torch.dtype) -> Any:
+    """A pipeline part from another folder, or with fresh weights from its config."""
+    import diffusers
+    import transformers
+
+    library, class_name = json.loads((config.path / "model_index.json").read_text())[name]
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+    folder = find(config.components.get(name, config.path / name))
+    if not issubclass(kind, nn.Module):  # a scheduler or a tokenizer
+        return kind.from_pretrained(folder, local_files_only=True)
+    if name not in config.from_scratch:
+        return kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    if library == "diffusers":
+        return _as(kind.from_config(kind.load_config(folder)), dtype)
+    return _as(kind(kind.config_class.from_pretrained(folder)), dtype)
+
+
+def _as(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return module if dtype == torch.float32 else module.to(dtype)

@@ -1,0 +1,87 @@
+"""Early stopping on a reward that is not trained on: the last thing that a run that hacks its reward still says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmalign.discovery import load_evaluator
+from mmalign.evaluation import Batch, Evaluator, subscores
+from mmalign.jobs import TrainConfig
+from mmalign.paths import find
+from mmalign.tasks import finish
+from mmalign.tasks.state import Lagged
+
+
+class Watch(nn.Module):
+    """Draws the same pictures every so often, scores them, and keeps the weights that scored best.
+
+    What it remembers are buffers, so that a resumed run stops where an unbroken one would have.
+    """
+
+    best: Tensor
+    since: Tensor
+
+    def __init__(self, run: TrainConfig, adapter: Any):
+        super().__init__()
+        config = run.guards.early_stopping
+        assert config is not None
+        self._run, self._config, self._adapter = run, config, adapter
+        self._evaluator = load_evaluator(config.evaluator.name, config.evaluator.params, device=adapter.device)
+        if not isinstance(self._evaluator, Evaluator):
+            raise ValueError(f"early_stopping.evaluator: {config.evaluator.name} scores whole sets, not pictures")
+        lines = find(config.prompts).read_text(encoding="utf-8").splitlines() if find(config.prompts).is_file() else []
+        self._prompts = [line.strip() for line in lines if line.strip()][: config.limit]
+        if not self._prompts:
+            raise ValueError(f"early_stopping.prompts: {config.prompts} holds no prompts; write one per line")
+        self._sign = 1.0 if self._evaluator.higher_is_better else -1.0
+        self._weights = Lagged(adapter.denoiser)
+        self.register_buffer("best", torch.tensor(-torch.inf, dtype=torch.float64))
+        self.register_buffer("since", torch.zeros((), dtype=torch.int64))
+
+    def due(self, step: int) -> bool:
+        return step % self._config.every == 0
+
+    @property
+    def best_reward(self) -> float:
+        return self._sign * self.best.item()
+
+    @property
+    def over(self) -> bool:
+        """Whether it has been enough already."""
+        return int(self.since) >= self._config.patience
+
+    @torch.no_grad()
+    def look(self) -> tuple[float, bool]:
+        """The mean reward now, and whether it has not been beaten for `patience` looks."""
+        starts = range(0, len(self._prompts), self._config.batch_size)
+        reward = float(np.nanmean([score for start in starts for score in self._scores(start)]))
+        if self._sign * reward > self.best + self._config.min_gain:
+            self.best.fill_(self._sign * reward)
+            self.since.zero_()
+            self._weights.refresh()
+        else:
+            self.since += 1
+        return reward, self.over
+
+    def _scores(self, start: int) -> list[float]:
+        wanted, adapter = self._config, self._adapter
+        prompts = self._prompts[start : start + wanted.batch_size]
+        seeds = range(wanted.seed + start, wanted.seed + start + len(prompts))
+        pictures = finish.draw(adapter, self._run, prompts, seeds, wanted.steps, wanted.guidance_scale)
+        images = [torch.from_numpy(picture).permute(2, 0, 1).contiguous() for picture in pictures]
+        assert isinstance(self._evaluator, Evaluator)
+        batch = Batch(images=images, prompts=prompts, fps=[None] * len(prompts), aux=[{}] * len(prompts))
+        named = subscores(self._evaluator.score(batch), len(prompts), wanted.evaluator.name)
+        name = wanted.subscore or next(iter(named))
+        if name not in named:
+            raise ValueError(f"early_stopping.subscore: {wanted.evaluator.name} gives {', '.join(named)}, not {name!r}")
+        scores: list[float] = named[name].tolist()
+        return scores
+
+    def best_weights(self) -> Any:
+        """A context in which the denoiser has the weights that scored best."""
+        return self._weights.used()

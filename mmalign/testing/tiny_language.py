@@ -1,0 +1,81 @@
+"""Tiny language models as text encoders of image generators: Gemma 2 and Qwen2.5-VL, with their tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import processors
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+
+_WIDTH = 32
+_QWEN_WORDS = (
+    "system Describe Ġthe Ġimage Ġby Ġdetailing Ġcolor Ġshape Ġsize Ġtexture Ġquantity Ġtext Ġspatial Ġrelationships "
+    "Ġof Ġobjects Ġand Ġbackground user assistant red green blue Ġcircle Ġsquare"
+)
+
+
+def _chain(words: Iterable[str]) -> list[Any]:
+    """Merges (pairs of strings) of a byte pair encoding that put whole words together from the left."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        for end in range(1, len(word)):
+            merges[word[:end], word[end]] = None
+    return list(merges)
+
+
+def _vocabulary(entries: Iterable[str], merges: list[Any]) -> dict[str, int]:
+    return {entry: index for index, entry in enumerate(dict.fromkeys([*entries, *("".join(pair) for pair in merges)]))}
+
+
+def tiny_gemma_tokenizer(text: str) -> GemmaTokenizer:
+    """A `GemmaTokenizer` of bytes, printable characters and the words of `text`, whose texts begin with <bos>."""
+    merges = _chain("▁" + word for word in text.split())
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    characters = ["▁", "\n", *map(chr, range(33, 127))]
+    vocab = _vocabulary([*special, *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *text], merges)
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
+    return tokenizer
+
+
+def tiny_gemma(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    """A two-layer Gemma 2, the second layer with a short sliding window."""
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=64,
+        )
+    )  # fmt: skip
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A `Qwen2Tokenizer` of bytes and the words of Qwen-Image's template, which is 34 tokens long, as published."""
+    merges = _chain(_QWEN_WORDS.split())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = _vocabulary([*sorted(ByteLevel.alphabet()), *special], merges)
+    return Qwen2Tokenizer(vocab=vocab, merges=merges, additional_special_tokens=special[1:], padding_side="right")
+
+
+def tiny_qwen(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """A two-layer Qwen2.5-VL with a one-layer vision tower, which text alone never reaches."""
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": _WIDTH, "intermediate_size": 2 * _WIDTH, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision: dict[str, Any] = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": _WIDTH,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
