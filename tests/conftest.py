@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,22 @@ def _small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture(name="colour_evaluators")
+def _colour_evaluators(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The evaluators of prefer_kit, installed as somebody's package."""
+    from prefer_kit import plug_in
+
+    monkeypatch.syspath_prepend(str(plug_in(tmp_path_factory.mktemp("site"))))
+    yield
+    sys.modules.pop("colour_code", None)
+
+
+@pytest.fixture(name="source")
+def _source(tmp_path: Path) -> Path:
+    """A table of the plain pictures in prefer_kit.LISTS."""
+    from prefer_kit import LISTS, table
+
+    (tmp_path / "in").mkdir()
+    return table(tmp_path / "in", LISTS)

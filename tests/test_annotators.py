@@ -7,7 +7,7 @@ import pytest
 
 from mmalign.shapes.annotators import ANNOTATORS, FEATURES, Annotator, features
 from mmalign.shapes.captions import parse_caption
-from mmalign.shapes.data import judged_pairs
+from mmalign.shapes.data import judged_groups
 from mmalign.shapes.scene import Scene, Shape, render
 
 RED = Shape("circle", "red", 20, 30, 9)
@@ -117,21 +117,33 @@ def test_annotators_have_their_own_user_ids():
 
 
 def test_more_votes_bring_the_label_near_to_the_probability():
-    once = judged_pairs(60, 5, "faithful")
-    often = judged_pairs(60, 5, "faithful", votes=400)
+    once = judged_groups(60, 5, "faithful")
+    often = judged_groups(60, 5, "faithful", votes=400)
     judge = ANNOTATORS["faithful"]
-    assert {pair.label for pair in once} <= {0.5, 1.0}
-    for pair in often:
-        caption = pair.winner.caption
-        p = judge.probabilities(*(judge.utility(caption, drawing.image()) for drawing in (pair.winner, pair.loser)))
-        assert 0.5 <= pair.label == pytest.approx(max(0.5, p["A"] + p["same"] / 2), abs=4.5 * 0.5 / 400**0.5)
-    assert {pair.winner.seed[:2] for pair in often} == {(5, i) for i in range(60)}
+    assert {float(group.wins[0, 1]) for group in once} == {0.0, 0.5, 1.0}
+    for group in often:
+        caption = group.media[0].caption
+        utilities = [judge.utility(caption, drawing.image()) for drawing in group.media]
+        p = judge.probabilities(*utilities)
+        assert group.wins[0, 1] == pytest.approx(p["A"] + p["same"] / 2, abs=4.5 * 0.5 / 400**0.5)
+        assert group.scores == tuple(utilities)
+    assert {drawing.seed[:2] for group in often for drawing in group.media} == {(5, i) for i in range(60)}
 
 
-def test_pairs_do_not_depend_on_the_number_of_processes():
-    assert judged_pairs(70, 5, "bold", votes=3, processes=2) == judged_pairs(70, 5, "bold", votes=3)
+def test_groups_do_not_depend_on_the_number_of_processes():
+    one, two = (judged_groups(70, 5, "bold", votes=3, per_prompt=3, processes=count) for count in (1, 2))
+    for first, second in zip(one, two, strict=True):
+        assert (first.media, first.scores) == (second.media, second.scores)
+        assert (first.wins == second.wins).all()
 
 
-def test_pairs_of_an_unknown_annotator():
+def test_a_group_of_more_is_judged_pair_by_pair():
+    for group in judged_groups(20, 5, "bold", per_prompt=4):
+        assert group.wins.shape == (4, 4)
+        assert (group.wins + group.wins.T == 1).all()
+        assert len({drawing.hash() for drawing in group.media}) == 4
+
+
+def test_groups_of_an_unknown_annotator():
     with pytest.raises(ValueError, match="no annotator is called 'blod'; there are: faithful, bold"):
-        judged_pairs(1, 5, "blod")
+        judged_groups(1, 5, "blod")

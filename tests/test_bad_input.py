@@ -199,7 +199,7 @@ def test_a_table_without_a_needed_column(
 @pytest.mark.usefixtures("no_weights")
 def test_nothing_but_ties(train: Train, tmp_path: Path) -> None:
     table = preferences(tmp_path, pairs=0, ties=2)
-    _refused(train(table=table), "pairs.jsonl: nothing left to train on", "0 pairs with ties: drop")
+    _refused(train(table=table), "pairs.jsonl: nothing left to train on", "0 pairs, ties: drop")
 
 
 @pytest.mark.parametrize("content", [b"", b"this is text, not a picture", "cut"])

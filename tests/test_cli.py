@@ -31,6 +31,7 @@ loss: {kind: diffusion_dpo}
 """
 SCORE = "table: t.jsonl\noutput: out\nevaluators: [{name: shapes_truth}]\n"
 VERBS = ["quickstart", "train", "sample", "score", "compare", "report", "list", "doctor"]
+VERBS += ["prefer", "prefer run", "prefer merge", "prefer audit"]
 VERBS += ["config show", "config schema", "config check", "cache ls", "cache clear"]
 SAMPLE = "model: {path: some/model}\nprompts: prompts.txt\noutput: out\n"
 
@@ -165,7 +166,7 @@ class TestConfigVerbs:
     def test_keys_that_do_not_tell(self, run: Run, tmp_path: Path) -> None:
         (tmp_path / "x.yaml").write_text("output: out\n")
         code, _, err = run("config", "check", "x.yaml")
-        assert code == 2 and "add --job with one of train, sample, score" in err
+        assert code == 2 and "add --job with one of train, sample, score, prefer" in err
         assert "table is missing" in run("config", "check", "x.yaml", "--job", "score")[2]
 
 
@@ -185,7 +186,7 @@ class TestListing:
     def test_known_names(self) -> None:
         expected = {
             Kind.evaluators: {"hps", "clip_score", "aesthetic", "shapes_truth"},
-            Kind.methods: {"diffusion_dpo"},
+            Kind.methods: {"diffusion_dpo", "flow_dpo", "rank_dpo", "diffusion_kto", "ddim_inpo"},
             Kind.models: {"sd", "sdxl"},
             Kind.formats: {"pickapic", "hpdv2", "hpdv3", "imagereward", "jsonl", "folder"},
         }

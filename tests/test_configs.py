@@ -54,7 +54,11 @@ def parse(words: list[str]) -> tuple[str, dict]:
     with group.make_context("mmalign", list(words)) as context:
         name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
         with command.make_context(name, rest, parent=context) as inner:
-            return name, inner.params
+            if not hasattr(command, "resolve_command"):
+                return name, inner.params
+            _, verb, rest = command.resolve_command(inner, [*inner._protected_args, *inner.args])
+            with verb.make_context(name, rest, parent=inner) as innermost:
+                return name, innermost.params
 
 
 @named

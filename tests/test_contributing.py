@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from training_kit import config as training_config
+from training_kit import preferences
 
-from mmalign import config, jobs
+from mmalign import config, jobs, methods
 from mmalign.discovery import make_evaluator, parse_params
 from mmalign.evaluation import Batch, check_class
+from mmalign.losses import pairwise
 from mmalign.models import base
+from mmalign.tasks.preference import PreferenceTask
 from mmalign.testing.tiny import tiny_sd
 
 PAGE = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -32,8 +36,8 @@ def module(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_example_is_run_here() -> None:
-    new = {"evaluators/colourfulness.py", "mmalign/losses/ipo.py", "mmalign/models/sd_pag.py"}
-    assert EXAMPLES.keys() == new | {"mmalign/jobs.py", "mmalign/models/base.py"}
+    new = {"evaluators/colourfulness.py", "mmalign/losses/offset.py", "mmalign/models/sd_pag.py"}
+    assert EXAMPLES.keys() == new | {"mmalign/methods.py", "mmalign/models/base.py"}
 
 
 def test_the_evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,23 +50,28 @@ def test_the_evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(scores, torch.tensor([0.0, 200 + 0.3 * 100], dtype=torch.float64))
 
 
-def test_the_loss_and_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    ipo = module("mmalign/losses/ipo.py", monkeypatch).ipo
-    errors = [torch.tensor(values) for values in ([0.8, 0.5], [0.9, 0.7], [1.0, 0.5], [1.0, 0.6])]
-    loss, metrics = ipo(*errors, beta=2.0)
-    assert loss.item() == pytest.approx(((0.1 - 0.25) ** 2 + (0.1 - 0.25) ** 2) / 2, rel=1e-5)
+def test_the_loss_and_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offset_dpo = module("mmalign/losses/offset.py", monkeypatch).offset_dpo
+    model, reference = torch.tensor([[0.8, 0.9], [0.5, 0.7]]), torch.tensor([[1.0, 1.0], [0.5, 0.6]])
+    gap = torch.tensor([0.5, 0.0])
+    loss, metrics = offset_dpo(model, reference, gap, beta=4.0, scale=2.0)
+    logits = [0.5 * 4 * 0.1 - 2 * 0.5, 0.5 * 4 * 0.1]
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-logit)) for logit in logits) / 2, rel=1e-5)
     assert metrics["implicit_accuracy"] == 1
-    aimed = torch.tensor([0.25], requires_grad=True)
-    at_target = ipo(torch.zeros(1), aimed, torch.zeros(1), torch.zeros(1), beta=2.0)[0]
-    assert at_target.item() == 0 and torch.autograd.grad(at_target, aimed)[0].item() == 0
+    plain, _ = pairwise.diffusion_dpo(model, reference, beta=4.0)
+    assert offset_dpo(model, reference, gap, beta=4.0, scale=0.0)[0].item() == pytest.approx(plain.item())
 
-    scope = dict(vars(jobs))
-    exec(compile(EXAMPLES["mmalign/jobs.py"], "jobs.py", "exec"), scope)
-    schema = scope["IPO"]
-    assert schema.task in {loss.task for loss in jobs.LOSSES} and schema.function == "mmalign.losses.ipo:ipo"
-    assert config.build(schema, {"kind": "ipo", "beta": 3}, "loss").beta == 3
-    with pytest.raises(config.ConfigError, match="beta"):
-        config.build(schema, {"kind": "ipo", "beta": -1}, "loss")
+    scope = dict(vars(methods))
+    exec(compile(EXAMPLES["mmalign/methods.py"], "methods.py", "exec"), scope)
+    schema = scope["OffsetDPO"]
+    made = config.build(schema, {"kind": "offset_dpo", "beta": 50, "scale": 2}, "loss")
+    with pytest.raises(config.ConfigError, match="scale"):
+        config.build(schema, {"kind": "offset_dpo", "scale": -1}, "loss")
+    settings = training_config(tmp_path / "run", tiny_sd(tmp_path / "model"), preferences(tmp_path))
+    task = PreferenceTask(settings.model_copy(update={"loss": made}), torch.device("cpu"))
+    loss, _ = task.loss(task.load([(0, 0), (1, 0)]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log1p(math.exp(2.0))), "hard labels: every gap is 1, every logit 0"
 
 
 def test_the_model_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mmalign.export import export_full, export_lora, import_kohya, kohya_name, ldm_name, model_card
+from mmalign.export import export_full, export_lora, model_card
+from mmalign.kohya import import_kohya, kohya_name, ldm_name
 from mmalign.testing.tiny import tiny_sd, tiny_sdxl
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -274,7 +275,7 @@ def test_a_module_without_a_kohya_name_can_be_exported_for_diffusers_alone(
     with pytest.raises(ValueError, match=r"'strange\.to_q' has no name in the latent-diffusion UNet"):
         export_lora(state, config, "sdxl", pipe.unet.config, tmp_path)
     assert not list(tmp_path.iterdir())
-    assert len(export_lora(state, config, "sdxl", pipe.unet.config, tmp_path, kohya=False)) == 1
+    assert len(export_lora(state, config, "sdxl", pipe.unet.config, tmp_path, comfyui=False)) == 1
 
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -27,10 +27,14 @@ LAYERS: list[set[str]] = [
         "report",
         "compare",
         "doctor",
+        "rounds",
         "testing",
         "runs",
         "checkpoints",
+        "compiling",
+        "distributed",
     }
+    | {"prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
     | {"score_plan", "score_store", "score_summary", "score_worker", "report_media", "report_plots", "report_run"},
     {"tasks", "guidance"},
     {
@@ -46,8 +50,10 @@ LAYERS: list[set[str]] = [
         "results",
         "stats",
         "figures",
+        "labelling",
+        "agreement",
     }
-    | {"clip_backbone", "clip_scoring", "shapes"},
+    | {"clip_backbone", "clip_scoring", "inversion", "judgements", "kohya", "shapes"},
     {
         "noise",
         "media",
@@ -58,6 +64,10 @@ LAYERS: list[set[str]] = [
         "explain",
         "yaml12",
         "jobs",
+        "methods",
+        "order",
+        "jobs_align",
+        "jobs_prefer",
         "paths",
         "progress",
         "weights",
@@ -78,12 +88,15 @@ HEAVY = {
 LIGHT = {
     "config": {"pydantic", "yaml"},
     "jobs": {"pydantic"},
+    "jobs_prefer": {"pydantic"},
     "explain": {"pydantic"},
     "yaml12": {"yaml"},
     "paths": set(),
     "losses": {"torch"},
     "noise": {"torch"},
     "stats": {"numpy"},
+    "labelling": {"numpy"},
+    "agreement": {"numpy"},
 }
 EVALUATORS_MAY = {"mmalign.evaluation", "mmalign.media", "mmalign.config"}
 
@@ -227,7 +240,9 @@ def test_every_package_is_installed() -> None:
     assert not loose, f"folders of modules without __init__.py: {sorted(loose)}"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "--help"], ["list", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["prefer", "--help"], ["config", "--help"], ["list", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom mmalign.cli import main\n"

@@ -86,10 +86,10 @@ def test_noisy_and_target_are_the_training_schedulers(loaded: Any) -> None:
     t = torch.tensor([0, 13, 500, 999])
     latents, noise = _noise(4, 4, 8, 8, seed=1), _noise(4, 4, 8, 8, seed=2)
     torch.testing.assert_close(
-        loaded.noisy(latents, t, noise), scheduler.add_noise(latents, noise, t), rtol=0, atol=1e-6
+        loaded.process.noisy(latents, t, noise), scheduler.add_noise(latents, noise, t), rtol=0, atol=1e-6
     )
     target = noise if loaded.parameterisation == "eps" else scheduler.get_velocity(latents, noise, t)
-    torch.testing.assert_close(loaded.target(latents, t, noise), target, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loaded.process.target(latents, t, noise), target, rtol=0, atol=1e-6)
 
 
 def test_noisy_is_what_sdxls_own_sampler_shows_its_unet(folders: dict[str, Path]) -> None:
@@ -101,12 +101,12 @@ def test_noisy_is_what_sdxls_own_sampler_shows_its_unet(folders: dict[str, Path]
     for t in scheduler.timesteps:
         scheduler._step_index = None
         shown = scheduler.scale_model_input(scheduler.add_noise(latents, noise, t.reshape(1)), t)
-        ours = adapter.noisy(latents, t.long().reshape(1), noise)
+        ours = adapter.process.noisy(latents, t.long().reshape(1), noise)
         torch.testing.assert_close(ours, shown, rtol=1e-4, atol=1e-5)
 
 
 def test_timesteps_are_uniform_over_the_whole_schedule(loaded: Any) -> None:
-    t = loaded.sample_timesteps(20_000, torch.Generator().manual_seed(0))
+    t = loaded.process.sample_timesteps(20_000, torch.Generator().manual_seed(0))
     assert (t.min().item(), t.max().item()) == (0, 999)
     assert t.float().mean().item() == pytest.approx(499.5, abs=6)
 
@@ -126,7 +126,7 @@ def test_ddim_through_the_adapter_is_ddim_through_the_pipeline(loaded: Any) -> N
         for t in times:
             now, previous = torch.tensor([t, t]), torch.tensor([t, t]) - 1000 // 3
             prediction = loaded.predict(latents, now, condition)
-            latents, _ = loaded.step(latents, prediction, now, previous)
+            latents, _ = loaded.process.step(latents, prediction, now, previous)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 

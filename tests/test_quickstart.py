@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from table_kit import pairs
 
 from mmalign import quickstart
 from mmalign.shapes.annotators import ANNOTATORS
-from mmalign.tables import pairs, read_preferences
+from mmalign.tables import read_preferences
 
 KEYS = {"win_rate", "win_rate_ci95", "fidelity_base", "fidelity_aligned", "n", "seed", "seconds"}
 

@@ -13,13 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from training_kit import PROMPTS
+from training_kit import PROMPTS, config, preferences
 
-from mmalign import sample
-from mmalign.jobs import SampleConfig
+from mmalign import sample, train
+from mmalign.jobs import Model, SampleConfig
 from mmalign.media import read_image
 from mmalign.media_table import read_media_table
+from mmalign.models import base
 from mmalign.testing.tiny import tiny_sd, tiny_sdxl
+from mmalign.testing.tiny_transformers import tiny_sd3
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", name="models")
@@ -245,3 +249,75 @@ def test_half_precision_needs_a_gpu(models: dict[str, Path], prompts: Path, tmp_
         sample.run(_config(models["sd"], prompts, tmp_path / "out", dtype="float16"))
     found = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "bf", dtype="bfloat16", limit=1)))
     assert found["000000-0"].shape == (32, 32, 3)
+
+
+# ------------------------------------------------------------------------------------------- guidance away from a LoRA
+
+
+@pytest.fixture(scope="module", name="negative")
+def _negative(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Tiny models, and for each a LoRA that was trained on it with labels swapped."""
+    home = tmp_path_factory.mktemp("negative")
+    models = {"sd": tiny_sd(home / "sd"), "sdxl": tiny_sdxl(home / "sdxl"), "sd3": tiny_sd3(home / "sd3", t5=False)}
+    table = preferences(home)
+    loras = {}
+    for name, folder in models.items():
+        run = config(home / f"run-{name}", folder, table, loss={"kind": "diffusion_npo", "beta": 50.0}, optim__lr=2e-2)
+        loras[name] = train.run(run) / "export"
+    return models, loras
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_the_unconditional_branch_is_the_negative_model(
+    name: str, negative: tuple[dict[str, Path], dict[str, Path]], tmp_path: Path
+) -> None:
+    """Against the two branches computed one by one from models that were loaded apart."""
+    models, loras = negative
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    settings = SampleConfig(
+        model={"path": models[name]}, prompts=tmp_path / "prompts.txt", output=tmp_path / "out", device="cpu",
+        height=32, width=32, guidance_scale=4.0, negative_lora=loras[name], negative_weight=1.0,
+    )  # fmt: skip
+    guided = sample.load(settings, CPU)
+    calls: list[tuple[Any, Any]] = []
+    hook = guided.denoiser.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append(((args, kwargs), output[0])), with_kwargs=True
+    )
+    sample_one = next(iter(sample.generate(guided, sample.requests(settings), settings)))
+    hook.remove()
+    assert sample_one[1][0].shape == (32, 32, 3)
+    (args, kwargs), output = calls[0]
+    plain = base.load(Model(path=models[name])).denoiser
+    trained = base.load(Model(path=models[name], lora=loras[name])).denoiser
+    with torch.no_grad():
+        expected = torch.cat(
+            [trained(*args, **kwargs)[0].chunk(2)[0], plain(*args, **kwargs)[0].chunk(2)[1]]
+        )  # fmt: skip
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    assert (trained(*args, **kwargs)[0] - plain(*args, **kwargs)[0]).abs().max() > 1e-4
+
+
+def test_a_negative_weight_of_0_changes_nothing(
+    negative: tuple[dict[str, Path], dict[str, Path]], tmp_path: Path
+) -> None:
+    models, loras = negative
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    found = []
+    for extra in ({}, {"negative_lora": loras["sd"], "negative_weight": 0.0}, {"negative_lora": loras["sd"]}):
+        settings = SampleConfig(
+            model={"path": models["sd"]}, prompts=tmp_path / "prompts.txt", output=tmp_path / "out", device="cpu",
+            height=32, width=32, steps=3, guidance_scale=4.0, **extra,
+        )  # fmt: skip
+        adapter = sample.load(settings, CPU)
+        found.append(np.stack(next(iter(sample.generate(adapter, sample.requests(settings), settings)))[1]).astype(int))
+    assert abs(found[0] - found[1]).max() <= 1
+    assert abs(found[0] - found[2]).max() > 1
+
+
+def test_a_negative_lora_needs_guidance_and_a_file(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"model": {"path": tmp_path}, "prompts": tmp_path / "p.txt", "output": tmp_path / "out"}
+    with pytest.raises(ValueError, match="set guidance_scale above 1"):
+        SampleConfig(**common, negative_lora=tmp_path, guidance_scale=1.0)
+    (tmp_path / "p.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=r"negative_lora: .* does not exist"):
+        sample.run(SampleConfig(**common, negative_lora=tmp_path / "nothing"))

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmalign.jobs import TrainConfig
 from mmalign.media import write_image
+from mmalign.methods import PREFERENCES
 from mmalign.records import MediaRef
 from mmalign.tables import PreferenceRow, write_preferences
+from mmalign.tasks.preference import PreferenceTask
 
 PROMPTS = ("a red circle", "a blue square", "a large green triangle", "a photo of a small circle")
 
@@ -40,6 +43,22 @@ def captioned(folder: Path, count: int = 4) -> Path:
         lines.append(json.dumps({"sample": str(i), "media": f"{i}.png", "prompt": PROMPTS[i % len(PROMPTS)]}))
     (folder / "media.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "media.jsonl"
+
+
+def lists(folder: Path, sizes: tuple[int, ...] = (4, 4, 3, 2), **changes: Any) -> Path:
+    """A table of rows with scores in (0, 1), of different lengths; pictures get brighter with their rank."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, size in enumerate(sizes):
+        media = []
+        for j in range(size):
+            write_image(folder / f"{i}-{j}.png", rng.integers(40 * j, 40 * j + 90, (32, 32, 3), dtype=np.uint8))
+            media.append(MediaRef(str(folder / f"{i}-{j}.png")))
+        scores = {"quality": tuple(0.9 - 0.2 * j + 0.01 * i for j in range(size))}
+        rows.append(PreferenceRow(PROMPTS[i % len(PROMPTS)], tuple(media), scores=scores, **changes))
+    write_preferences(folder / "lists.jsonl", rows)
+    return folder / "lists.jsonl"
 
 
 def settings(output: Path, model: Path, table: Path, **changes: Any) -> dict[str, Any]:
@@ -72,3 +91,23 @@ def config(output: Path, model: Path, table: Path, **changes: Any) -> TrainConfi
 def records(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def moved(settings: TrainConfig, noise: float = 0.05) -> PreferenceTask:
+    """A preference task whose trained weights have moved by `noise`, so that policy and reference differ."""
+    task = PreferenceTask(settings, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in task.modules.parameters():
+            if parameter.requires_grad:
+                parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return task
+
+
+_FIELDS = {cls.model_fields["kind"].default: cls.model_fields for cls in PREFERENCES}
+
+
+def method_settings(tmp_path: Path, model: Path, table: Path, kind: str, **changes: Any) -> Any:
+    """A run of one objective, with a beta that moves tiny models."""
+    loss = {"kind": kind, **({"beta": 50.0} if "beta" in _FIELDS[kind] and kind not in ("mapo", "dspo") else {})}
+    return config(tmp_path / "run", model, table, loss=loss, **changes)

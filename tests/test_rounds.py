@@ -1,0 +1,231 @@
+"""On-policy rounds on tiny models: the verbs in their folders, going on from the policy, resumed to the byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from prefer_kit import plug_in
+from safetensors.torch import load_file
+from training_kit import preferences, settings
+
+from mmalign import rounds, tables, train
+from mmalign.jobs import TrainConfig
+from mmalign.testing.tiny import tiny_sd
+
+PROMPTS = ("a red circle", "a blue square", "a green triangle", "a photo of a circle")
+
+
+@pytest.fixture(scope="module", name="world")
+def _world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model, a prefer config that likes red, held-out prompts and pairs."""
+    home = tmp_path_factory.mktemp("rounds")
+    model = tiny_sd(home / "model")
+    (home / "prompts.txt").write_text("\n".join(PROMPTS))
+    (home / "held.txt").write_text("a small circle\na large square\n")
+    source = {
+        "kind": "sample", "model": {"path": str(model)}, "per_prompt": 3, "steps": 3, "guidance_scale": 1.0,
+        "scheduler": "ddim", "height": 32, "width": 32, "device": "cpu",
+    }  # fmt: skip
+    prefer = {
+        "output": str(home / "unused"), "prompts": str(home / "prompts.txt"), "sources": [source],
+        "rewards": [{"name": "colours", "subscore": "red", "column": "red"}], "label": {"kind": "pairs"},
+        "scoring": {"device": "cpu"},
+    }  # fmt: skip
+    (home / "prefer.yaml").write_text(yaml.safe_dump(prefer))
+    return {
+        "model": model, "prefer": home / "prefer.yaml", "held": home / "held.txt", "pairs": preferences(home, pairs=3),
+        "plugins": plug_in(tmp_path_factory.mktemp("plugins")),
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _plugged(world: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(world["plugins"]))
+
+
+def _config(world: dict[str, Path], output: Path, **changes: Any) -> TrainConfig:
+    online = {
+        "iterations": 2, "prefer": str(world["prefer"]),
+        "held_out": {
+            "prompts": str(world["held"]), "evaluators": [{"name": "blueness"}], "pairs": str(world["pairs"]),
+            "draws": 2,
+        },
+    }  # fmt: skip
+    tree = settings(output, world["model"], world["pairs"], online=online, **changes)
+    if not tree["online"].get("offline_share"):
+        del tree["data"]["table"]
+    tree["data"]["cache"] = "memory"
+    tree["data"].pop("cache_dir")
+    return TrainConfig.model_validate(tree)
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture(scope="module", name="whole")
+def _whole(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of two rounds that several tests look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(world["plugins"]))
+        return rounds.run(_config(world, tmp_path_factory.mktemp("whole") / "run", optim__lr=1e-2))
+
+
+def test_every_round_is_made_of_the_verbs(whole: Path) -> None:
+    for number in range(2):
+        home = whole / f"round-{number:02d}"
+        assert (home / "prefer" / "preferences.jsonl").is_file()
+        assert (home / "train" / "export" / "pytorch_lora_weights.safetensors").is_file()
+        assert (home / "held_out" / "scores" / "summary.json").is_file()
+    first, second, last = (_weights(whole / part) for part in ("round-00/train", "round-01/train", "."))
+    assert all(torch.equal(second[key], last[key]) for key in last), "export/ is the last round's"
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_pictures_come_from_the_policy_with_fresh_seeds(whole: Path, world: dict[str, Path]) -> None:
+    drawn = []
+    for number in range(2):
+        signed = json.loads((whole / f"round-{number:02d}/prefer/source-0/run.json").read_text())["config"]
+        drawn.append((signed["seed"], signed["model"].get("lora")))
+    assert drawn[0][1] is None and drawn[1][1] is not None, "round 1 draws with round 0's LoRA"
+    assert drawn[0][0] != drawn[1][0]
+
+
+def test_a_round_goes_on_from_the_policy(whole: Path) -> None:
+    begun = yaml.safe_load((whole / "round-01/train/config.yaml").read_text())
+    assert begun["lora"]["init"] == str(whole / "round-00/train/export")
+    assert begun["reference"].get("lora") is None, "fixed: the reference is the model with the LoRA off"
+    found = [json.loads(line) for line in (whole / "round-01/train/metrics.jsonl").read_text().splitlines()]
+    assert abs(found[0]["logit"]) > 0, "the policy of round 1 begins away from its reference"
+
+
+def test_what_is_looked_at_is_in_one_file(whole: Path) -> None:
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    for record in records:
+        assert {"reward/colours/red", "held_out/blueness", "ranking_accuracy", "implicit_accuracy", "drift"} <= set(
+            record
+        )
+        assert 0 <= record["ranking_accuracy"] <= 1
+    assert (records[0]["implicit_accuracy"], records[0]["drift"]) == (0.5, 0.0), "the base is its own reference"
+    assert records[2]["drift"] > records[0]["drift"]
+    page = (whole / "report.html").read_text()
+    assert "Drift" in page and "blueness" in page
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
+    whole: Path, world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(world, tmp_path / "run", optim__lr=1e-2)
+    update, calls = train.Loop._update, [0]
+
+    def dying(loop: Any, batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:  # in the second round
+            raise RuntimeError("killed")
+        return update(loop, batch)
+
+    monkeypatch.setattr(train.Loop, "_update", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        rounds.run(config)
+    with pytest.raises(ValueError, match=r"already holds rounds\. Add --resume"):
+        rounds.run(config)
+    rounds.run(config, resume=True)
+    again, before = _weights(config.output), _weights(whole)
+    assert all(torch.equal(again[key], before[key]) for key in before)
+
+
+def test_more_rounds_can_follow_and_other_settings_cannot(whole: Path, world: dict[str, Path]) -> None:
+    config = _config(world, whole, optim__lr=1e-2)
+    assert config.online is not None
+    more = config.model_copy(update={"online": config.online.model_copy(update={"iterations": 3})})
+    with pytest.raises(ValueError, match=r"begun with other values of: loss\.beta"):
+        rounds.run(_config(world, whole, optim__lr=1e-2, loss__beta=7.0), resume=True)
+    rounds._prepare(more, resume=True)
+    rounds._prepare(config, resume=True)
+
+
+def test_a_moved_reference_is_the_policy_that_drew(world: dict[str, Path], tmp_path: Path) -> None:
+    config = _config(world, tmp_path / "run", optim__lr=1e-2)
+    assert config.online is not None
+    online = config.online.model_copy(update={"reference": "moved", "held_out": None})
+    run = rounds.run(config.model_copy(update={"online": online}))
+    begun = yaml.safe_load((run / "round-01/train/config.yaml").read_text())
+    assert begun["reference"]["lora"] == begun["lora"]["init"] == str(run / "round-00/train/export")
+    found = [json.loads(line) for line in (run / "round-01/train/metrics.jsonl").read_text().splitlines()]
+    assert found[0]["loss"] == pytest.approx(0.693147, abs=1e-3), "policy and reference begin equal again"
+
+
+def test_full_fine_tuning_keeps_the_first_model_as_reference(world: dict[str, Path], tmp_path: Path) -> None:
+    config = _config(world, tmp_path / "run", lora=None, optim__lr=1e-4)
+    assert config.online is not None
+    online = config.online.model_copy(update={"held_out": None})
+    run = rounds.run(config.model_copy(update={"online": online}))
+    begun = yaml.safe_load((run / "round-01/train/config.yaml").read_text())
+    assert begun["model"]["path"] == str(run / "round-00/train/export")
+    assert begun["reference"]["model"] == str(world["model"])
+    assert (run / "export" / "model_index.json").is_file()
+
+
+def test_offline_rows_are_mixed_in(world: dict[str, Path], tmp_path: Path) -> None:
+    online = {"iterations": 1, "prefer": str(world["prefer"]), "offline_share": 0.5}
+    tree = settings(tmp_path / "run", world["model"], world["pairs"], online=online)
+    run = rounds.run(TrainConfig.model_validate(tree))
+    own = tables.read_preferences(run / "round-00/prefer/preferences.jsonl").rows
+    mixed = tables.read_preferences(run / "round-00/mixed.jsonl").rows
+    assert len(mixed) == 2 * len(own)
+    assert {row.source for row in mixed} > {row.source for row in own} or len({row.media for row in mixed}) > len(own)
+    kept = json.loads((run / "round-00/train/run.json").read_text())
+    assert kept["items"] == len(mixed), "offline rows are trained on, too"
+
+
+def test_offline_rows_take_turns() -> None:
+    rows = [tables.PreferenceRow(str(i), (), rank=()) for i in range(5)]
+    first, second = (rounds._chosen(rows, 3, 0, number) for number in range(2))
+    assert len({row.prompt for row in [*first, *second[:2]]}) == 5, "each once before any comes twice"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "sft", "loss": {"kind": "denoising"}}, "online rounds train on preferences"),
+        (
+            {"online": {"iterations": 1, "prefer": "p.yaml", "offline_share": 0.3}, "data__table": None},
+            "give the table",
+        ),
+        ({"reference": {"lora": "x"}}, "online rounds set the reference themselves"),
+        ({"online": {"iterations": 0, "prefer": "p.yaml"}}, "greater than 0"),
+    ],
+)
+def test_what_rounds_refuse(world: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    online = {"iterations": 1, "prefer": str(world["prefer"])}
+    tree = settings(tmp_path / "run", world["model"], world["pairs"], **{"online": online, **change})
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.model_validate(tree)
+
+
+def test_several_processes_are_refused(world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would draw the same pictures into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="sample and label in one process, and several were started"):
+        rounds.run(_config(world, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prefer_config_of_another_model_is_refused(world: dict[str, Path], tmp_path: Path) -> None:
+    other = tiny_sd(tmp_path / "other", seed=3)
+    tree = settings(tmp_path / "run", other, world["pairs"], online={"iterations": 1, "prefer": str(world["prefer"])})
+    with pytest.raises(ValueError, match=r"no source of .* draws from model\.path"):
+        rounds.run(TrainConfig.model_validate(tree))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lora_of_another_rank_is_refused(world: dict[str, Path], whole: Path, tmp_path: Path) -> None:
+    tree = settings(tmp_path / "run", world["model"], world["pairs"], lora={"rank": 2, "init": str(whole / "export")})
+    with pytest.raises(ValueError, match=r"lora\.init: .* does not fit the adapter"):
+        train.run(TrainConfig.model_validate(tree))
