@@ -23,9 +23,8 @@ from mmalign.config import load
 from mmalign.jobs import Model, SampleConfig
 from mmalign.models import base
 from mmalign.paths import find
-from mmalign.shapes.annotators import ANNOTATORS
 from mmalign.shapes.captions import captions
-from mmalign.shapes.data import drawings, judged_pairs
+from mmalign.shapes.data import drawings, judged_groups
 from mmalign.shapes.reader import fidelity, read
 from mmalign.stats import mean_ci
 
@@ -40,9 +39,9 @@ def generator(folder: Path, count: int, seed: int, overrides: list[str]) -> dict
     """Fidelity of pictures for held-out captions, in all and by number of shapes, sampled as the quickstart does."""
     wanted = captions(count, seed, held_out=True)
     config = load(SampleConfig, find("configs/shapes/sample.yaml"), [f"model.path={folder}", *overrides])
-    pipe = sample.pipeline(config, torch.device("cpu"))
+    adapter = sample.load(config, torch.device("cpu"))
     made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]
-    images = [image for _, part in sample.generate(pipe, made, config) for image in part]
+    images = [image for _, part in sample.generate(adapter, made, config) for image in part]
     readings = [read(image) for image in images]
     judged = [fidelity(caption, reading) for caption, reading in zip(wanted, readings, strict=True)]
     texts = [str(caption) for caption in wanted]
@@ -76,21 +75,20 @@ def autoencoder(folder: Path, count: int, seed: int) -> dict[str, Any]:
 @torch.no_grad()
 def scorer(folder: Path, count: int, seed: int, annotator: str) -> dict[str, Any]:
     """Pairwise accuracy on held-out captions against noise-free utility, and against the noisy labels."""
-    judge = ANNOTATORS[annotator]
     clip, tokenizer, preprocess = load_clip(folder, next(iter(sorted(folder.glob("*.safetensors")))))
     clip.eval()
     clean, noisy = [], []
-    for pair in judged_pairs(count, seed, annotator, held_out=True):
-        images = [pair.winner.image(), pair.loser.image()]
+    for group in judged_groups(count, seed, annotator, held_out=True):
+        images = [drawing.image() for drawing in group.media]
         pixels = torch.stack([torch.from_numpy(i.copy()).permute(2, 0, 1).float() / 255 for i in images])
         image = clip.encode_image(preprocess.normalise(resize_pad(pixels, preprocess.size)), normalize=True)
-        scores = image @ clip.encode_text(tokenizer([pair.prompt]), normalize=True)[0]
+        scores = image @ clip.encode_text(tokenizer([group.prompts[0]]), normalize=True)[0]
         better = bool(scores[0] > scores[1])
-        utilities = [judge.utility(pair.winner.caption, image) for image in images]
+        utilities, share_of_first = group.scores or (), group.wins[0, 1]
         if utilities[0] != utilities[1]:
             clean.append(float(better == (utilities[0] > utilities[1])))
-        if pair.label == 1.0:
-            noisy.append(float(better))
+        if share_of_first != 0.5:
+            noisy.append(float(better == (share_of_first > 0.5)))
     return {"pairwise_accuracy": share(clean), "pairwise_accuracy_noisy_labels": share(noisy)}
 
 

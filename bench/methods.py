@@ -1,0 +1,260 @@
+"""Every preference objective under equal compute on the shapes world, where truth can be read from pixels.
+
+    python bench/methods.py                       all methods, both models, three conditions, seeds 0 1 2; resumable
+    python bench/methods.py --model sd --condition clean --seeds 0 --methods diffusion_dpo,rank_dpo
+    OMP_NUM_THREADS=1 python bench/methods.py &  once per core: each takes what no other is at; 1.6 times as fast as one
+    python bench/methods.py --table               only the table, table.md and methods.png of what has been run
+
+One run: a base model draws four pictures for each of 256 captions; one observed verdict for each pair of a prompt's
+pictures is written into a table of pairs and, as shares of wins, into a table of lists, so that every method sees the
+same verdicts; a LoRA is trained for as many pictures as in every other run; 256 held-out captions (and a second picture
+for 64 of them) are drawn and read. Conditions: `clean` verdicts are the annotator's noise-free utility; `flipped` turns
+a fifth of them round; `multi` has three annotators vote. All are judged by the same annotator's noise-free utility, by
+the share of pictures with exactly the asked shapes and colours, and by the shapes scorer, that nothing is trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from methods_table import line, summary, table
+
+from mmalign import sample, train
+from mmalign.config import load
+from mmalign.discovery import load_evaluator
+from mmalign.evaluation import Batch, Evaluator
+from mmalign.jobs import SampleConfig, TrainConfig
+from mmalign.judgements import share_of
+from mmalign.labelling import phi
+from mmalign.media import read_image
+from mmalign.media_table import read_media_table
+from mmalign.paths import find
+from mmalign.records import MediaRef
+from mmalign.shapes.annotators import ANNOTATORS, weighables
+from mmalign.shapes.captions import captions, parse_caption
+from mmalign.shapes.reader import fidelity, read
+from mmalign.tables import PreferenceRow, write_preferences
+
+MODELS = {
+    "sd": ["model.path=assets/shapes-sd"],
+    "flow": ["model.path=assets/shapes-flow", "model.max_sequence_length=1"],
+}
+SAMPLERS = {
+    "sd": ["scheduler=dpm++sde", "guidance_scale=2.0", "steps=12"],  # as right as with 20
+    "flow": ["scheduler=own", "guidance_scale=2.0"],
+}
+CONDITIONS = ("clean", "flipped", "multi")
+TASTES = ("bold", "tidy", "vivid")  # who votes in `multi`; the first judges in the other two, and at the end
+FLIPS = 0.2
+PICTURES = 32  # of a step, whatever the method takes: 16 pairs, 8 lists of four, 32 singles
+ONLY_ONE = {"flow_dpo": "flow", "flow_dpo_late": "flow"}
+VARIANTS = {"flow_dpo_late": ("flow_dpo", ["loss.beta_schedule=(1-t)^2"])}  # of a config, with what is set on top
+
+
+def methods() -> list[str]:
+    """Every config in configs/train/methods but that of soft labels, which has nothing to soften in single verdicts."""
+    names = {path.stem for path in find("configs/train/methods").glob("*.yaml")}
+    return sorted(names - {"soft_labels"} | VARIANTS.keys())
+
+
+# ------------------------------------------------------------------------------------------------------ what is known
+
+
+def looked_at(images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, float]]:
+    """What the reader says of each picture: utilities of the annotators, and whether all that was asked is there."""
+    found = []
+    for image, prompt in zip(images, prompts, strict=True):
+        caption, reading = parse_caption(prompt), read(image)
+        features = weighables(caption, reading)
+        row = {name: ANNOTATORS[name].weigh(features) for name in (*TASTES, "mixed")}
+        found.append({**row, "fidelity": float(fidelity(caption, reading).shape_colour), "clean": reading.cleanliness})
+    return found
+
+
+def scored(images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+    """The shapes scorer's HPS, which no run is trained on."""
+    scorer = load_evaluator("hps", {"checkpoint": "assets/shapes-clip"}, device="cpu")
+    assert isinstance(scorer, Evaluator)
+    found: list[float] = []
+    for start in range(0, len(images), 64):
+        part, told = images[start : start + 64], list(prompts[start : start + 64])
+        tensors = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image in part]
+        scores = scorer.score(Batch(images=tensors, prompts=told))
+        assert isinstance(scores, torch.Tensor)
+        found += scores.tolist()
+    return found
+
+
+def drawn(
+    folder: Path,
+    model: str,
+    prompts: Path,
+    per_prompt: int,
+    seed: int,
+    lora: Path | None = None,
+    key: str = "model.lora",
+) -> list[Any]:
+    """Rows of the media table of a model's pictures; `key` says what the LoRA is to sampling."""
+    overrides = [
+        *MODELS[model], *SAMPLERS[model], f"prompts={prompts}", f"output={folder}", f"per_prompt={per_prompt}",
+        f"seed={seed}", "batch_size=64",
+    ]  # fmt: skip
+    overrides += [f"{key}={lora}"] if lora else []
+    return read_media_table(sample.run(load(SampleConfig, find("configs/shapes/sample.yaml"), overrides)))
+
+
+def pool(home: Path, model: str, seed: int, count: int) -> list[dict[str, Any]]:
+    """Four pictures of the base model for each caption, and what is known of them."""
+    known = home / "pool.json"
+    if known.is_file():
+        found: list[dict[str, Any]] = json.loads(known.read_text())
+        return found
+    home.mkdir(parents=True, exist_ok=True)
+    texts = list(dict.fromkeys(str(caption) for caption in captions(3 * count, 900 + seed, held_out=False)))[:count]
+    (home / "prompts.txt").write_text("\n".join(texts))
+    rows = drawn(home / "pool", model, home / "prompts.txt", 4, 50_000 * (seed + 1))
+    told = looked_at([read_image(row.media) for row in rows], [row.prompt for row in rows])
+    found = [
+        {"prompt": row.prompt, "media": str(row.media), "group": row.group, **values}
+        for row, values in zip(rows, told, strict=True)
+    ]
+    known.write_text(json.dumps(found))
+    return found
+
+
+def tables(home: Path, rows: list[dict[str, Any]], condition: str, seed: int) -> dict[str, Path]:
+    """The same verdicts as pairs and as lists."""
+    rng = np.random.default_rng([seed, CONDITIONS.index(condition)])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    pairs, lists = [], []
+    for group in groups.values():
+        media = tuple(MediaRef(row["media"]) for row in group)
+        utility = np.array([[row[name] for name in TASTES] for row in group])
+        value = phi(utility) if condition == "multi" else utility[:, 0]
+        wins = np.full((len(group), len(group)), 0.5)
+        for i, j in combinations(range(len(group)), 2):
+            turned = condition == "flipped" and rng.random() < FLIPS
+            a, b = (value[j], value[i]) if turned else (value[i], value[j])
+            wins[i, j] = 0.5 + 0.5 * np.sign(a - b)
+            wins[j, i] = 1 - wins[i, j]
+            pairs.append(PreferenceRow(group[0]["prompt"], (media[i], media[j]), scores={"phi": (float(a), float(b))}))
+        lists.append(PreferenceRow(group[0]["prompt"], media, scores={"phi": tuple(share_of(wins).tolist())}))
+    written = {"pairs": home / f"{condition}-pairs.jsonl", "lists": home / f"{condition}-lists.jsonl"}
+    write_preferences(written["pairs"], pairs)
+    write_preferences(written["lists"], lists)
+    return written
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def trained(home: Path, model: str, method: str, written: dict[str, Path], seed: int, steps: int) -> dict[str, Any]:
+    """Trains one method; seconds, and where its LoRA is."""
+    config, changes = VARIANTS.get(method, (method, []))
+    file = find("configs/train/methods") / f"{config}.yaml"
+    items = getattr(load(TrainConfig, file).loss, "items", "pairs")
+    table = written["pairs" if items == "pairs" and method != "jpo" else "lists"]
+    size = {"pairs": PICTURES // 2, "lists": PICTURES // 4, "singles": PICTURES}[items]
+    overrides = [
+        *MODELS[model], f"output={home / 'train'}", f"data.table={table}", "data.shapes=null", "data.dimension=phi",
+        "data.verify=false", f"seed={seed}", f"optim.steps={steps}", f"optim.batch_size={size}", "log.trackers=[]",
+        "checkpoint.every=100000", "log.every=10", *changes,
+    ]  # fmt: skip
+    started = time.perf_counter()
+    run = train.run(load(TrainConfig, file, overrides), resume=True)
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    return {"seconds": time.perf_counter() - started, "last": last, "lora": str(run / "export")}
+
+
+def judged(home: Path, model: str, seed: int, lora: Path | None, count: int, key: str = "model.lora") -> dict[str, Any]:
+    """Held-out pictures and what is known of them, in the order of the captions."""
+    texts = list(dict.fromkeys(str(caption) for caption in captions(3 * count, 77 + seed, held_out=True)))[:count]
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "held_out.txt").write_text("\n".join(texts))
+    (home / "again.txt").write_text("\n".join(texts[:64]))
+    rows = drawn(home / "held_out", model, home / "held_out.txt", 1, 9_000_000 + 1000 * seed, lora, key)
+    again = drawn(home / "again", model, home / "again.txt", 1, 9_500_000 + 1000 * seed, lora, key)
+    images = [read_image(row.media) for row in rows]
+    second = [read_image(row.media) for row in again]
+    apart = [float(np.sqrt(np.mean((a.astype(float) - b) ** 2))) for a, b in zip(images, second, strict=False)]
+    prompts = [row.prompt for row in rows]
+    return {"rows": looked_at(images, prompts), "hps": scored(images, prompts), "apart": apart}
+
+
+def one(out: Path, model: str, condition: str, method: str, seed: int, settings: argparse.Namespace) -> None:
+    """Runs what is missing of one cell and writes result.json."""
+    base = out / model / f"seed-{seed}"
+    home, reference = base / condition / method, base / "base.json"
+    with alone(home, wait=False) as mine:
+        if not mine or (home / "result.json").is_file():
+            return
+        with alone(base, wait=True):
+            rows = pool(base, model, seed, settings.captions)
+            if not reference.is_file():
+                reference.write_text(json.dumps(judged(base / "base", model, seed, None, settings.held_out)))
+            written = tables(base, rows, condition, seed)
+        facts = trained(home, model, method, written, seed, settings.steps)
+        key = "negative_lora" if method == "diffusion_npo" else "model.lora"
+        found = {**facts, **judged(home, model, seed, Path(facts["lora"]), settings.held_out, key)}
+        (home / "result.json").write_text(json.dumps(found))
+        print(
+            f"{model} {condition} {method} seed {seed}: {line(summary([(json.loads(reference.read_text()), found)]))}"
+        )
+
+
+@contextmanager
+def alone(folder: Path, wait: bool) -> Iterator[bool]:
+    """Holds a folder against other processes of this script; False if another has it and this one does not wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, action="append", help="repeatable; default: both")
+    parser.add_argument("--condition", choices=CONDITIONS, action="append", help="repeatable; default: all three")
+    parser.add_argument("--methods", help="comma-separated; default: every config in configs/train/methods")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--captions", type=int, default=256, help="that the base model draws four pictures for")
+    parser.add_argument("--held-out", type=int, default=256, help="captions that are judged at the end")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-methods"))
+    parser.add_argument("--table", action="store_true", help="only table, table.md and plot of what has been run")
+    settings = parser.parse_args()
+    if not settings.table:
+        chosen = settings.methods.split(",") if settings.methods else methods()
+        unknown = sorted(set(chosen) - set(methods()))
+        if unknown:
+            parser.error(f"no config for {', '.join(unknown)}; there are: {', '.join(methods())}")
+        for seed in settings.seeds:
+            for model in settings.model or MODELS:
+                for condition in settings.condition or CONDITIONS:
+                    for method in chosen:
+                        if ONLY_ONE.get(method, model) == model:
+                            one(settings.out, model, condition, method, seed, settings)
+    table(settings.out)
+
+
+if __name__ == "__main__":
+    main()
