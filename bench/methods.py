@@ -5,6 +5,9 @@
     OMP_NUM_THREADS=1 python bench/methods.py &  once per core: each takes what no other is at; 1.6 times as fast as one
     python bench/methods.py --table               only the table, table.md and methods.png of what has been run
 
+The figures of each run are a line in bench/methods.jsonl, and what stands there is not run again; pictures and weights
+lie in runs/bench-methods and may be deleted.
+
 One run: a base model draws four pictures for each of 256 captions; one observed verdict for each pair of a prompt's
 pictures is written into a table of pairs and, as shares of wins, into a table of lists, so that every method sees the
 same verdicts; a LoRA is trained for as many pictures as in every other run; 256 held-out captions (and a second picture
@@ -27,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods_table import line, summary, table
+from methods_table import figures, line, summary, table
 
 from mmalign import sample, train
 from mmalign.config import load
@@ -162,8 +165,7 @@ def tables(home: Path, rows: list[dict[str, Any]], condition: str, seed: int) ->
 
 def trained(home: Path, model: str, method: str, written: dict[str, Path], seed: int, steps: int) -> dict[str, Any]:
     """Trains one method; seconds, and where its LoRA is."""
-    config, changes = VARIANTS.get(method, (method, []))
-    file = find("configs/train/methods") / f"{config}.yaml"
+    file, changes = recipe(method)
     items = getattr(load(TrainConfig, file).loss, "items", "pairs")
     table = written["pairs" if items == "pairs" and method != "jpo" else "lists"]
     size = {"pairs": PICTURES // 2, "lists": PICTURES // 4, "singles": PICTURES}[items]
@@ -174,8 +176,7 @@ def trained(home: Path, model: str, method: str, written: dict[str, Path], seed:
     ]  # fmt: skip
     started = time.perf_counter()
     run = train.run(load(TrainConfig, file, overrides), resume=True)
-    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    return {"seconds": time.perf_counter() - started, "last": last, "lora": str(run / "export")}
+    return {"seconds": time.perf_counter() - started, "lora": str(run / "export")}
 
 
 def judged(home: Path, model: str, seed: int, lora: Path | None, count: int, key: str = "model.lora") -> dict[str, Any]:
@@ -193,25 +194,51 @@ def judged(home: Path, model: str, seed: int, lora: Path | None, count: int, key
     return {"rows": looked_at(images, prompts), "hps": scored(images, prompts), "apart": apart}
 
 
-def one(out: Path, model: str, condition: str, method: str, seed: int, settings: argparse.Namespace) -> None:
-    """Runs what is missing of one cell and writes result.json."""
-    base = out / model / f"seed-{seed}"
-    home, reference = base / condition / method, base / "base.json"
+def one(cell: dict[str, Any], settings: argparse.Namespace) -> None:
+    """Runs what is missing of one cell and adds its line to the ledger."""
+    model, method, seed = str(cell["model"]), str(cell["method"]), int(cell["seed"])
+    base = settings.out / model / f"seed-{seed}"
+    home = base / str(cell["condition"]) / method
     with alone(home, wait=False) as mine:
-        if not mine or (home / "result.json").is_file():
+        if not mine or cell in [{key: done.get(key) for key in cell} for done in ledger(settings.figures)]:
             return
         with alone(base, wait=True):
             rows = pool(base, model, seed, settings.captions)
+            reference = base / "base.json"
             if not reference.is_file():
                 reference.write_text(json.dumps(judged(base / "base", model, seed, None, settings.held_out)))
-            written = tables(base, rows, condition, seed)
+            written = tables(base, rows, str(cell["condition"]), seed)
         facts = trained(home, model, method, written, seed, settings.steps)
         key = "negative_lora" if method == "diffusion_npo" else "model.lora"
-        found = {**facts, **judged(home, model, seed, Path(facts["lora"]), settings.held_out, key)}
-        (home / "result.json").write_text(json.dumps(found))
-        print(
-            f"{model} {condition} {method} seed {seed}: {line(summary([(json.loads(reference.read_text()), found)]))}"
-        )
+        found = judged(home, model, seed, Path(facts["lora"]), settings.held_out, key)
+        done = {**cell, **figures(json.loads(reference.read_text()), found), "seconds": round(facts["seconds"], 1)}
+        with settings.figures.open("a") as file:  # one short write, so that lines of several processes do not mix
+            file.write(json.dumps(done) + "\n")
+        print(f"{model} {cell['condition']} {method} seed {seed}: {line(summary([done]))}", flush=True)
+
+
+def ledger(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
+
+
+def queue(settings: argparse.Namespace, chosen: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What identifies each run: a changed loss or length is another one."""
+    for seed in settings.seeds:
+        for model in settings.model or MODELS:
+            for condition in settings.condition or CONDITIONS:
+                for method in chosen:
+                    if ONLY_ONE.get(method, model) == model:
+                        loss = load(TrainConfig, *recipe(method)).loss.model_dump(mode="json")
+                        yield {
+                            "model": model, "condition": condition, "method": method, "seed": seed,
+                            "steps": settings.steps, "captions": settings.captions, "loss": loss,
+                        }  # fmt: skip
+
+
+def recipe(method: str) -> tuple[Path, list[str]]:
+    """The config of a method, and what its variant sets on top."""
+    config, changes = VARIANTS.get(method, (method, []))
+    return find("configs/train/methods") / f"{config}.yaml", changes
 
 
 @contextmanager
@@ -240,6 +267,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=256, help="that the base model draws four pictures for")
     parser.add_argument("--held-out", type=int, default=256, help="captions that are judged at the end")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-methods"))
+    parser.add_argument("--figures", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the ledger")
     parser.add_argument("--table", action="store_true", help="only table, table.md and plot of what has been run")
     settings = parser.parse_args()
     if not settings.table:
@@ -247,13 +275,9 @@ def main() -> None:
         unknown = sorted(set(chosen) - set(methods()))
         if unknown:
             parser.error(f"no config for {', '.join(unknown)}; there are: {', '.join(methods())}")
-        for seed in settings.seeds:
-            for model in settings.model or MODELS:
-                for condition in settings.condition or CONDITIONS:
-                    for method in chosen:
-                        if ONLY_ONE.get(method, model) == model:
-                            one(settings.out, model, condition, method, seed, settings)
-    table(settings.out)
+        for cell in queue(settings, chosen):
+            one(cell, settings)
+    table(ledger(settings.figures), settings.out)
 
 
 if __name__ == "__main__":

@@ -15,31 +15,43 @@ from matplotlib.figure import Figure
 from mmalign.stats import mean_ci, win_rate
 
 CONDITIONS = {"clean": "clean labels", "flipped": "a fifth turned round", "multi": "three annotators vote"}
-MODELS = {"sd": ("eps, shapes-sd", "#1f6f8b", "o"), "flow": ("flow, shapes-flow", "#d9822b", "s")}
+MODELS = {"sd": ("v, shapes-sd", "#1f6f8b", "o"), "flow": ("flow, shapes-flow", "#d9822b", "s")}
 
 
-def summary(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Of (base, aligned) results, one pair for each seed: paired win rates and changes over all prompts of all seeds.
+def figures(base: dict[str, Any], aligned: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of one run: [wins, ties, losses] against the base model's pictures of the same prompts and noise,
+    how many prompts had which change in fidelity, and means."""
+
+    def column(of: dict[str, Any], name: str) -> np.ndarray:
+        return np.array(of["hps"] if name == "hps" else [row[name] for row in of["rows"]])
+
+    counts = {name: list(win_rate(column(aligned, name), column(base, name))[3:6]) for name in ("bold", "mixed", "hps")}
+    changes = np.round(column(aligned, "fidelity") - column(base, "fidelity"), 4)
+    return {
+        **counts, "changes": {str(value): int((changes == value).sum()) for value in np.unique(changes)},
+        "fidelity": round(float(column(aligned, "fidelity").mean()), 4),
+        "apart": [round(float(np.mean(of["apart"])), 3) for of in (base, aligned)],
+    }  # fmt: skip
+
+
+def _win(runs: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Win rate over the prompts of several runs, and its interval, from counts."""
+    wins, ties, losses = (sum(run[name][i] for run in runs) for i in range(3))
+    return list(win_rate([1] * wins + [0] * (ties + losses), [0] * (wins + ties) + [1] * losses)[:3])
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of `figures`, one for each seed: paired win rates and changes over all prompts of all seeds.
 
     Intervals are over prompts; `by_seed` has the win rate of each training alone.
     """
-
-    def column(which: int, name: str, of: Sequence[Any] = runs) -> np.ndarray:
-        return np.array([row[name] for run in of for row in run[which]["rows"]])
-
-    def hps(which: int) -> np.ndarray:
-        return np.array([value for run in runs for value in run[which]["hps"]])
-
-    apart = [np.mean([value for run in runs for value in run[which]["apart"]]) for which in (0, 1)]
-    by_seed = [win_rate(column(1, "bold", [run]), column(0, "bold", [run])).rate for run in runs]
-    change = mean_ci(column(1, "fidelity") - column(0, "fidelity"))
+    changes = [float(value) for run in runs for value, count in run["changes"].items() for _ in range(count)]
+    apart = np.mean([run["apart"] for run in runs], axis=0)
     return {
-        "win": list(win_rate(column(1, "bold"), column(0, "bold")))[:3],
-        "mixed": list(win_rate(column(1, "mixed"), column(0, "mixed")))[:3],
-        "hps": list(win_rate(hps(1), hps(0)))[:3], "fidelity": float(column(1, "fidelity").mean()),
-        "change": list(change)[:3],
-        "diversity": float(apart[1] / apart[0]), "by_seed": by_seed,
-        "seconds": float(np.mean([run[1]["seconds"] for run in runs])),
+        "win": _win(runs, "bold"), "mixed": _win(runs, "mixed"), "hps": _win(runs, "hps"),
+        "fidelity": float(np.mean([run["fidelity"] for run in runs])), "change": list(mean_ci(changes)[:3]),
+        "diversity": float(apart[1] / apart[0]), "by_seed": [_win([run], "bold")[0] for run in runs],
+        "seconds": float(np.mean([run["seconds"] for run in runs])),
     }  # fmt: skip
 
 
@@ -54,24 +66,24 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def cells(out: Path) -> list[dict[str, Any]]:
-    """A summary for every model, condition and method that has a result, over the seeds that have one."""
-    paths: dict[tuple[str, str, str], list[Path]] = {}
-    for result in sorted(out.glob("*/seed-*/*/*/result.json")):
-        model, _, condition, method = result.relative_to(out).parts[:4]
-        paths.setdefault((model, condition, method), []).append(result)
-    found = []
-    for (model, condition, method), results in sorted(paths.items()):
-        runs = [(json.loads((r.parents[2] / "base.json").read_text()), json.loads(r.read_text())) for r in results]
-        found.append({"model": model, "condition": condition, "method": method, **summary(runs)})
-    return found
+def cells(ledger: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A summary for every model, condition and method, over the seeds that have a run; of two alike the last counts."""
+    names = ("model", "condition", "method")
+    runs: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    for run in ledger:
+        runs.setdefault(tuple(run[name] for name in names), {})[run["seed"]] = run
+    return [
+        {**dict(zip(names, key, strict=True)), **summary([seeds[seed] for seed in sorted(seeds)])}
+        for key, seeds in sorted(runs.items())
+    ]
 
 
-def table(out: Path) -> None:
+def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
     """Prints a line per cell and writes the three files into `out`."""
-    found = cells(out)
+    found = cells(ledger)
     for cell in found:
         print(f"{cell['model']:5} {cell['condition']:8} {cell['method']:18} {line(cell)}")
+    out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(found, indent=1))
     (out / "table.md").write_text(markdown(found))
     plot(found).savefig(out / "methods.png", dpi=110)
