@@ -53,8 +53,8 @@ MODELS = {
     "flow": ["model.path=assets/shapes-flow", "model.max_sequence_length=1"],
 }
 SAMPLERS = {
-    "sd": ["scheduler=dpm++sde", "guidance_scale=2.0", "steps=12"],  # as right as with 20
-    "flow": ["scheduler=own", "guidance_scale=2.0"],
+    "sd": ["scheduler=dpm++sde", "guidance_scale=2.0", "steps=12"],  # both as right as with 20
+    "flow": ["scheduler=own", "guidance_scale=3.0", "steps=12"],
 }
 CONDITIONS = ("clean", "flipped", "multi")
 TASTES = ("bold", "tidy", "vivid")  # who votes in `multi`; the first judges in the other two, and at the end

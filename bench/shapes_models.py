@@ -1,6 +1,6 @@
 """Figures of the shapes models that assets/README.md reports: `python bench/shapes_models.py`.
 
-shapes-sd: share of pictures for held-out captions in which the reader finds exactly the asked shapes and colours.
+shapes-sd, shapes-flow: share of pictures for held-out captions in which the reader finds exactly the asked shapes and colours.
 shapes-clip: share of held-out pairs that the scorer orders as the annotator's noise-free utility does.
 The autoencoder: the same share on reconstructions of perfect drawings, which bounds what the generator can reach.
 """
@@ -27,6 +27,9 @@ from mmalign.shapes.captions import captions
 from mmalign.shapes.data import drawings, judged_groups
 from mmalign.shapes.reader import fidelity, read
 from mmalign.stats import mean_ci
+
+
+FLOW = ["scheduler=own", "guidance_scale=3", "model.max_sequence_length=1"]
 
 
 def share(hits: list[float], prompts: list[str] | None = None) -> dict[str, float]:
@@ -95,8 +98,9 @@ def scorer(folder: Path, count: int, seed: int, annotator: str) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd", type=Path, default=find("assets/shapes-sd"))
+    parser.add_argument("--flow", type=Path, default=find("assets/shapes-flow"))
     parser.add_argument("--clip", type=Path, default=find("assets/shapes-clip"))
-    parser.add_argument("--only", choices=("sd", "vae", "clip"))
+    parser.add_argument("--only", choices=("sd", "flow", "vae", "clip"))
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--set", action="append", default=[], help="as in mmalign sample: guidance_scale=3")
@@ -104,6 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     jobs = {
         "sd": lambda: generator(args.sd, args.count, args.seed, args.set),
+        "flow": lambda: generator(args.flow, args.count, args.seed, [*FLOW, *args.set]),
         "vae": lambda: autoencoder(args.sd, args.count, args.seed),
         "clip": lambda: scorer(args.clip, args.count, args.seed, args.annotator),
     }
