@@ -100,16 +100,24 @@ def _policy(model: Model, policy: Path | None, lora: bool) -> Model:
 
 def _sources(config: TrainConfig, labels: PreferConfig, policy: Path | None, number: int) -> list[Any]:
     """The prefer config's sources, those with this model drawing from the policy with fresh seeds."""
-    found: list[Any] = []
-    ours = find(config.model.path).resolve()
-    for source in labels.sources:
-        if isinstance(source, SampleSource) and find(source.model.path).resolve() == ours:
-            model = _policy(source.model, policy, config.lora is not None)
-            update = {"model": model, "seed": source.seed + number * _APART, "name": source.name or "policy"}
-            found.append(source.model_copy(update=update))
-        else:
-            found.append(source)
-    if not any(source is not own for source, own in zip(found, labels.sources, strict=True)):
+    found: list[Any] = list(labels.sources)
+    for index in _ours(config, labels):
+        source = found[index]
+        model = _policy(source.model, policy, config.lora is not None)
+        update = {"model": model, "seed": source.seed + number * _APART, "name": source.name or "policy"}
+        found[index] = source.model_copy(update=update)
+    return found
+
+
+def _ours(config: TrainConfig, labels: PreferConfig) -> list[int]:
+    """Which sources draw from the model that is trained. ValueError where none does."""
+    model = find(config.model.path).resolve()
+    found = [
+        index
+        for index, source in enumerate(labels.sources)
+        if isinstance(source, SampleSource) and find(source.model.path).resolve() == model
+    ]
+    if not found:
         raise ValueError(
             f"online.prefer: no source of {config.online.prefer} draws from model.path {config.model.path}; "  # type: ignore[union-attr]
             "on-policy rounds need one with `kind: sample` and this model"
@@ -206,7 +214,7 @@ def _rewards(
     config: TrainConfig, labels: PreferConfig, held: HeldOut, policy: Path | None, folder: Path
 ) -> dict[str, float]:
     """Mean of every reward over the same held-out prompts and seeds: `reward/` are trained on, `held_out/` are not."""
-    drawn = next(s for s in _sources(config, labels, policy, 0) if s not in labels.sources)
+    drawn = _sources(config, labels, policy, 0)[_ours(config, labels)[0]]
     keys = {name: value for name, value in drawn if name not in ("kind", "name", "per_prompt", "seed")}
     job = SampleConfig(
         **keys, prompts=held.prompts, output=folder / "pictures", limit=held.limit, per_prompt=held.per_prompt,

@@ -28,8 +28,8 @@ def _world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (home / "prompts.txt").write_text("\n".join(PROMPTS))
     (home / "held.txt").write_text("a small circle\na large square\n")
     source = {
-        "kind": "sample", "model": {"path": str(model)}, "per_prompt": 3, "steps": 3, "guidance_scale": 1.0,
-        "scheduler": "ddim", "height": 32, "width": 32, "device": "cpu",
+        "kind": "sample", "name": "policy", "model": {"path": str(model)}, "per_prompt": 3, "steps": 3,
+        "guidance_scale": 1.0, "scheduler": "ddim", "height": 32, "width": 32, "device": "cpu",
     }  # fmt: skip
     prefer = {
         "output": str(home / "unused"), "prompts": str(home / "prompts.txt"), "sources": [source],
