@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from mmalign import judgements, prefer, report, sample, score, tables, train
+from mmalign.compare import compare
 from mmalign.config import dump, load
 from mmalign.jobs import Data, Model, SampleConfig, ScoreConfig, TrainConfig
 from mmalign.jobs_align import Guards, HeldOut
@@ -292,4 +293,7 @@ def _report(config: TrainConfig, folder: Path) -> None:
     homes = [folder / "base", *sorted(folder.glob("round-*"))]
     results = [home / "held_out" / "scores" for home in homes if (home / "held_out" / "scores").is_dir()]
     if results:
-        report.build(results, folder / "report.html", run=folder, title=f"Rounds of {folder.name}")
+        # By sample: a prompt that stands twice in the file has the same seed twice.
+        against_base = [compare(results[0], other, pair_by="sample") for other in results[1:]]
+        title = f"Rounds of {folder.name}"
+        report.build(results, folder / "report.html", run=folder, title=title, comparison=against_base)

@@ -26,7 +26,7 @@ def _world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("rounds")
     model = tiny_sd(home / "model")
     (home / "prompts.txt").write_text("\n".join(PROMPTS))
-    (home / "held.txt").write_text("a small circle\na large square\n")
+    (home / "held.txt").write_text("a small circle\na large square\na small circle\n")
     source = {
         "kind": "sample", "name": "policy", "model": {"path": str(model)}, "per_prompt": 3, "steps": 3,
         "guidance_scale": 1.0, "scheduler": "ddim", "height": 32, "width": 32, "device": "cpu",
