@@ -1,6 +1,6 @@
 """Figures of the shapes models that assets/README.md reports: `python bench/shapes_models.py`.
 
-shapes-sd, shapes-flow: share of pictures for held-out captions in which the reader finds exactly the asked shapes and colours.
+shapes-sd, shapes-flow: share of pictures for held-out captions with exactly the asked shapes and colours, by the reader.
 shapes-clip: share of held-out pairs that the scorer orders as the annotator's noise-free utility does.
 The autoencoder: the same share on reconstructions of perfect drawings, which bounds what the generator can reach.
 """
@@ -27,7 +27,6 @@ from mmalign.shapes.captions import captions
 from mmalign.shapes.data import drawings, judged_groups
 from mmalign.shapes.reader import fidelity, read
 from mmalign.stats import mean_ci
-
 
 FLOW = ["scheduler=own", "guidance_scale=3", "model.max_sequence_length=1"]
 
