@@ -1,6 +1,6 @@
 """Figures of the shapes models that assets/README.md reports: `python bench/shapes_models.py`.
 
-shapes-sd, shapes-flow: share of pictures for held-out captions with exactly the asked shapes and colours, by the reader.
+shapes-sd, shapes-flow: share of pictures for held-out captions with exactly the asked shapes and colours, by reader.
 shapes-clip: share of held-out pairs that the scorer orders as the annotator's noise-free utility does.
 The autoencoder: the same share on reconstructions of perfect drawings, which bounds what the generator can reach.
 """
