@@ -172,7 +172,8 @@ def trained(home: Path, model: str, method: str, written: dict[str, Path], seed:
     overrides = [
         *MODELS[model], f"output={home / 'train'}", f"data.table={table}", "data.shapes=null", "data.dimension=phi",
         "data.verify=false", f"seed={seed}", f"optim.steps={steps}", f"optim.batch_size={size}", "log.trackers=[]",
-        "checkpoint.every=100000", "log.every=10", "data.cache=disk", f"data.cache_dir={home.parents[2] / 'cache'}",
+        "checkpoint.every=100000", "log.every=10", "optim.schedule=cosine",
+        "data.cache=disk", f"data.cache_dir={home.parents[2] / 'cache'}",
         *changes,
     ]  # fmt: skip
     started = time.perf_counter()

@@ -17,6 +17,26 @@ from mmalign.stats import mean_ci, win_rate
 CONDITIONS = {"clean": "clean labels", "flipped": "a fifth turned round", "multi": "three annotators vote"}
 MODELS = {"sd": ("v, shapes-sd", "#1f6f8b", "o"), "flow": ("flow, shapes-flow", "#d9822b", "s")}
 
+RANKED, PAIRWISE = ("rank_dpo", "plackett_luce", "lipo", "pro"), ("diffusion_dpo", "ipo", "hinge", "strength_dpo")
+# What is asked of the runs: win rate of one side less that of the other, (measure, condition, methods) each.
+QUESTIONS = {
+    "ranked lists against pairs": (("bold", "clean", RANKED), ("bold", "clean", PAIRWISE)),
+    "RankDPO against Diffusion-DPO": (("bold", "clean", ("rank_dpo",)), ("bold", "clean", ("diffusion_dpo",))),
+    "three judges against one, by all three": (("mixed", "multi", RANKED), ("mixed", "clean", RANKED)),
+    "clean labels against a fifth turned round": (("bold", "clean", PAIRWISE), ("bold", "flipped", PAIRWISE)),
+    "robust DPO against Diffusion-DPO, turned": (
+        ("bold", "flipped", ("robust_dpo",)), ("bold", "flipped", ("diffusion_dpo",)),
+    ),
+    "conservative DPO against Diffusion-DPO, turned": (
+        ("bold", "flipped", ("conservative_dpo",)), ("bold", "flipped", ("diffusion_dpo",)),
+    ),
+    "SmPO against Diffusion-DPO, turned": (
+        ("bold", "flipped", ("smpo",)), ("bold", "flipped", ("diffusion_dpo",)),
+    ),
+    "DDIM-InPO against Diffusion-DPO": (("bold", "clean", ("ddim_inpo",)), ("bold", "clean", ("diffusion_dpo",))),
+    "beta constant against (1-t)^2": (("bold", "clean", ("flow_dpo",)), ("bold", "clean", ("flow_dpo_late",))),
+}  # fmt: skip
+
 
 def figures(base: dict[str, Any], aligned: dict[str, Any]) -> dict[str, Any]:
     """What is kept of one run: [wins, ties, losses] against the base model's pictures of the same prompts and noise,
@@ -78,6 +98,29 @@ def cells(ledger: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def answers(ledger: Sequence[dict[str, Any]]) -> list[str]:
+    """A row for each question and model: the difference in points of each seed that has both sides, and their mean."""
+    rates = {
+        (run["model"], run["seed"], run["condition"], run["method"], name): 100.0 * _win([run], name)[0]
+        for run in ledger
+        for name in ("bold", "mixed")
+    }
+    rows = []
+    for asked, sides in QUESTIONS.items():
+        for model in MODELS:
+            gaps = []
+            for seed in sorted({run["seed"] for run in ledger}):
+                keys = [[(model, seed, cond, method, name) for method in methods] for name, cond, methods in sides]
+                if all(key in rates for side in keys for key in side):
+                    one, other = (np.mean([rates[key] for key in side]) for side in keys)
+                    gaps.append(float(one - other))
+            if gaps:
+                error = f" +- {np.std(gaps, ddof=1) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
+                each = ", ".join(f"{gap:+.1f}" for gap in gaps)
+                rows.append(f"| {asked} | {model} | {np.mean(gaps):+.1f}{error} | {each} |")
+    return rows
+
+
 def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
     """Prints a line per cell and writes the three files into `out`."""
     found = cells(ledger)
@@ -85,12 +128,19 @@ def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
         print(f"{cell['model']:5} {cell['condition']:8} {cell['method']:18} {line(cell)}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(found, indent=1))
-    (out / "table.md").write_text(markdown(found))
+    heads = "| question | model | points of win rate, +- standard error of seeds | each seed |\n|---|---|---|---|\n"
+    (out / "table.md").write_text(markdown(found) + "\n" + heads + "\n".join(answers(ledger)) + "\n")
     plot(found).savefig(out / "methods.png", dpi=110)
 
 
+def _seeds(cell: dict[str, Any]) -> str:
+    """The mean win rate, and the lowest and highest of the seeds where there are several."""
+    rates = [100 * rate for rate in cell["by_seed"]]
+    return f"{np.mean(rates):.0f}" + (f" ({min(rates):.0f} to {max(rates):.0f})" if len(rates) > 1 else "")
+
+
 def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """A row per model and method; of each condition the win rate with its interval, and the change in fidelity."""
+    """A row per model and method; of each condition the win rate, mean and range of seeds, and fidelity's change."""
     at = {(cell["model"], cell["method"], cell["condition"]): cell for cell in found}
     heads = [f"{c}: win %, fidelity" for c in CONDITIONS] + ["multi: mixed win %", "hps win %", "diversity", "s"]
     lines = ["| model | method | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
@@ -98,8 +148,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         row = [model, method]
         for condition in CONDITIONS:
             cell = at.get((model, method, condition))
-            row.append("" if cell is None else "{:.0f} [{:.0f}, {:.0f}], ".format(*(100 * x for x in cell["win"])) +
-                       f"{100 * cell['change'][0]:+.1f}")  # fmt: skip
+            row.append("" if cell is None else f"{_seeds(cell)}, {100 * cell['change'][0]:+.1f}")
         multi, clean = at.get((model, method, "multi")), at.get((model, method, "clean"))
         row.append(f"{100 * multi['mixed'][0]:.0f}" if multi else "")
         row += [f"{100 * clean['hps'][0]:.0f}", f"{clean['diversity']:.2f}", f"{clean['seconds']:.0f}"] if clean else [
@@ -110,7 +159,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(found: Sequence[dict[str, Any]]) -> Figure:
-    """Win rate against the base model by method: a panel per condition, a marker per model, bars the interval."""
+    """Win rate against the base model by method: a panel per condition, a marker per model, a stroke per seed."""
     mean = {m: np.mean([c["win"][0] for c in found if c["method"] == m]) for m in {c["method"] for c in found}}
     order = sorted(mean, key=lambda name: float(mean[name]))
     figure = Figure(figsize=(11, 1.2 + 0.26 * len(order)), layout="constrained")
@@ -119,17 +168,17 @@ def plot(found: Sequence[dict[str, Any]]) -> Figure:
     for axes, (condition, title) in zip(panels, CONDITIONS.items(), strict=True):
         for shift, (model, (label, colour, marker)) in zip((0.14, -0.14), MODELS.items(), strict=True):
             chosen = [c for c in found if c["model"] == model and c["condition"] == condition]
-            if chosen:
-                win, low, high = 100 * np.array([c["win"] for c in chosen]).T
-                y = [order.index(c["method"]) + shift for c in chosen]
-                axes.errorbar(win, y, xerr=[win - low, high - win], fmt=marker, color=colour, label=label,
-                              markersize=4.5, elinewidth=1.2)  # fmt: skip
+            for i, cell in enumerate(chosen):
+                y, rates = order.index(cell["method"]) + shift, 100 * np.array(cell["by_seed"])
+                axes.plot(rates, [y] * len(rates), linestyle="-", marker="|", color=colour, markersize=5, linewidth=1.2)
+                axes.plot(rates.mean(), y, marker=marker, color=colour, markersize=4.5, linestyle="",
+                          label=label if not i else None)  # fmt: skip
         axes.axvline(50, color="#888888", linewidth=0.8, linestyle="--")
         axes.set_title(title, fontsize=10)
         axes.grid(axis="both", color="#e4e4e4", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_yticks(range(len(order)), order, fontsize=9)
-    panels[1].set_xlabel("win rate against the base model, % (interval over prompts of all seeds)", fontsize=9)
+    panels[1].set_xlabel("win rate against the base model, % (a stroke per seed, their mean marked)", fontsize=9)
     panels[-1].legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="lower right")
     return figure
