@@ -2,6 +2,7 @@
 
     python bench/methods.py                       all methods, both models, three conditions, seeds 0 1 2; resumable
     python bench/methods.py --model sd --condition clean --seeds 0 --methods diffusion_dpo,rank_dpo
+    python bench/methods.py --lr 1e-3 --seeds 3 --condition clean --methods diffusion_dpo    another learning rate
     OMP_NUM_THREADS=1 python bench/methods.py &  once per core: each takes what no other is at; 1.6 times as fast as one
     python bench/methods.py --table               only the table, table.md and methods.png of what has been run
 
@@ -11,7 +12,7 @@ lie in runs/bench-methods and may be deleted.
 One run: a base model draws four pictures for each of 256 captions; one observed verdict for each pair of a prompt's
 pictures is written into a table of pairs and, as shares of wins, into a table of lists, so that every method sees the
 same verdicts; a LoRA is trained for as many pictures as in every other run; 256 held-out captions (and a second picture
-for 64 of them) are drawn and read. Conditions: `clean` verdicts are the annotator's noise-free utility; `flipped` turns
+for 32 of them) are drawn and read. Conditions: `clean` verdicts are the annotator's noise-free utility; `flipped` turns
 a fifth of them round; `multi` has three annotators vote. All are judged by the same annotator's noise-free utility, by
 the share of pictures with exactly the asked shapes and colours, and by the shapes scorer, that nothing is trained on.
 """
@@ -29,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onednn
 import torch
-from methods_table import figures, line, summary, table
+from methods_table import LRS, figures, line, summary, table
 
 from mmalign import sample, train
 from mmalign.config import load
@@ -163,15 +165,17 @@ def tables(home: Path, rows: list[dict[str, Any]], condition: str, seed: int) ->
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
-def trained(home: Path, model: str, method: str, written: dict[str, Path], seed: int, steps: int) -> dict[str, Any]:
+def trained(home: Path, cell: dict[str, Any], written: dict[str, Path]) -> dict[str, Any]:
     """Trains one method; seconds, and where its LoRA is."""
+    model, method = str(cell["model"]), str(cell["method"])
     file, changes = recipe(method)
     items = getattr(load(TrainConfig, file).loss, "items", "pairs")
     table = written["pairs" if items == "pairs" and method != "jpo" else "lists"]
     size = {"pairs": PICTURES // 2, "lists": PICTURES // 4, "singles": PICTURES}[items]
     overrides = [
         *MODELS[model], f"output={home / 'train'}", f"data.table={table}", "data.shapes=null", "data.dimension=phi",
-        "data.verify=false", f"seed={seed}", f"optim.steps={steps}", f"optim.batch_size={size}", "log.trackers=[]",
+        "data.verify=false", f"seed={cell['seed']}", f"optim.steps={cell['steps']}", f"optim.lr={cell['lr']}",
+        f"optim.batch_size={size}", "log.trackers=[]",
         "checkpoint.every=100000", "log.every=10", "optim.schedule=cosine",
         "data.cache=disk", f"data.cache_dir={home.parents[2] / 'cache'}",
         *changes,
@@ -186,7 +190,7 @@ def judged(home: Path, model: str, seed: int, lora: Path | None, count: int, key
     texts = list(dict.fromkeys(str(caption) for caption in captions(3 * count, 77 + seed, held_out=True)))[:count]
     home.mkdir(parents=True, exist_ok=True)
     (home / "held_out.txt").write_text("\n".join(texts))
-    (home / "again.txt").write_text("\n".join(texts[:64]))
+    (home / "again.txt").write_text("\n".join(texts[:32]))
     rows = drawn(home / "held_out", model, home / "held_out.txt", 1, 9_000_000 + 1000 * seed, lora, key)
     again = drawn(home / "again", model, home / "again.txt", 1, 9_500_000 + 1000 * seed, lora, key)
     images = [read_image(row.media) for row in rows]
@@ -200,7 +204,7 @@ def one(cell: dict[str, Any], settings: argparse.Namespace) -> None:
     """Runs what is missing of one cell and adds its line to the ledger."""
     model, method, seed = str(cell["model"]), str(cell["method"]), int(cell["seed"])
     base = settings.out / model / f"seed-{seed}"
-    home = base / str(cell["condition"]) / method
+    home = base / str(cell["condition"]) / f"{method}-{cell['lr']:g}"
     with alone(home, wait=False) as mine:
         if not mine or cell in [{key: done.get(key) for key in cell} for done in ledger(settings.figures)]:
             return
@@ -210,7 +214,7 @@ def one(cell: dict[str, Any], settings: argparse.Namespace) -> None:
             if not reference.is_file():
                 reference.write_text(json.dumps(judged(base / "base", model, seed, None, settings.held_out)))
             written = tables(base, rows, str(cell["condition"]), seed)
-        facts = trained(home, model, method, written, seed, settings.steps)
+        facts = trained(home, cell, written)
         key = "negative_lora" if method == "diffusion_npo" else "model.lora"
         found = judged(home, model, seed, Path(facts["lora"]), settings.held_out, key)
         done = {**cell, **figures(json.loads(reference.read_text()), found), "seconds": round(facts["seconds"], 1)}
@@ -233,7 +237,8 @@ def queue(settings: argparse.Namespace, chosen: Sequence[str]) -> Iterator[dict[
                         loss = load(TrainConfig, *recipe(method)).loss.model_dump(mode="json")
                         yield {
                             "model": model, "condition": condition, "method": method, "seed": seed,
-                            "steps": settings.steps, "captions": settings.captions, "loss": loss,
+                            "lr": settings.lr or LRS[model], "steps": settings.steps, "captions": settings.captions,
+                            "loss": loss,
                         }  # fmt: skip
 
 
@@ -266,12 +271,16 @@ def main() -> None:
     parser.add_argument("--methods", help="comma-separated; default: every config in configs/train/methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, help=f"default: {LRS}")
+    parser.add_argument("--onednn", action="store_true", help="oneDNN's matrix products: faster on AMD (onednn.py)")
     parser.add_argument("--captions", type=int, default=256, help="that the base model draws four pictures for")
     parser.add_argument("--held-out", type=int, default=256, help="captions that are judged at the end")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-methods"))
     parser.add_argument("--figures", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the ledger")
     parser.add_argument("--table", action="store_true", help="only table, table.md and plot of what has been run")
     settings = parser.parse_args()
+    if settings.onednn:
+        onednn.use()
     if not settings.table:
         chosen = settings.methods.split(",") if settings.methods else methods()
         unknown = sorted(set(chosen) - set(methods()))

@@ -16,6 +16,8 @@ from mmalign.stats import mean_ci, win_rate
 
 CONDITIONS = {"clean": "clean labels", "flipped": "a fifth turned round", "multi": "three annotators vote"}
 MODELS = {"sd": ("v, shapes-sd", "#1f6f8b", "o"), "flow": ("flow, shapes-flow", "#d9822b", "s")}
+LRS = {"sd": 3e-4, "flow": 1e-4}  # by the runs of SWEEP_SEED, which is in no table but that of learning rates
+SWEEP_SEED = 3
 
 RANKED, PAIRWISE = ("rank_dpo", "plackett_luce", "lipo", "pro"), ("diffusion_dpo", "ipo", "hinge", "strength_dpo")
 # What is asked of the runs: win rate of one side less that of the other, (measure, condition, methods) each.
@@ -40,16 +42,18 @@ QUESTIONS = {
 
 def figures(base: dict[str, Any], aligned: dict[str, Any]) -> dict[str, Any]:
     """What is kept of one run: [wins, ties, losses] against the base model's pictures of the same prompts and noise,
-    how many prompts had which change in fidelity, and means."""
+    how many prompts had which change in fidelity, and means; `gain` is the utility's, in spreads of the base's."""
 
     def column(of: dict[str, Any], name: str) -> np.ndarray:
         return np.array(of["hps"] if name == "hps" else [row[name] for row in of["rows"]])
 
     counts = {name: list(win_rate(column(aligned, name), column(base, name))[3:6]) for name in ("bold", "mixed", "hps")}
+    before, after = column(base, "bold"), column(aligned, "bold")
     changes = np.round(column(aligned, "fidelity") - column(base, "fidelity"), 4)
     return {
         **counts, "changes": {str(value): int((changes == value).sum()) for value in np.unique(changes)},
         "fidelity": round(float(column(aligned, "fidelity").mean()), 4),
+        "gain": round(float((after - before).mean() / before.std()), 4),
         "apart": [round(float(np.mean(of["apart"])), 3) for of in (base, aligned)],
     }  # fmt: skip
 
@@ -70,6 +74,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "win": _win(runs, "bold"), "mixed": _win(runs, "mixed"), "hps": _win(runs, "hps"),
         "fidelity": float(np.mean([run["fidelity"] for run in runs])), "change": list(mean_ci(changes)[:3]),
+        "gain": float(np.mean([run["gain"] for run in runs])),
         "diversity": float(apart[1] / apart[0]), "by_seed": [_win([run], "bold")[0] for run in runs],
         "seconds": float(np.mean([run["seconds"] for run in runs])),
     }  # fmt: skip
@@ -80,9 +85,9 @@ def line(found: dict[str, Any]) -> str:
     change = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in found["change"]))
     seeds = " ".join(f"{100 * x:.0f}" for x in found["by_seed"])
     return (
-        f"win {win:.1f} [{low:.1f}, {high:.1f}] % (seeds {seeds}), mixed win {100 * found['mixed'][0]:.1f} %, "
-        f"fidelity {100 * found['fidelity']:.1f} % ({change}), hps win {100 * found['hps'][0]:.1f} %, "
-        f"diversity {found['diversity']:.2f}, {found['seconds']:.0f} s"
+        f"win {win:.1f} [{low:.1f}, {high:.1f}] % (seeds {seeds}), gain {found['gain']:+.2f}, "
+        f"mixed win {100 * found['mixed'][0]:.1f} %, fidelity {100 * found['fidelity']:.1f} % ({change}), "
+        f"hps win {100 * found['hps'][0]:.1f} %, diversity {found['diversity']:.2f}, {found['seconds']:.0f} s"
     )
 
 
@@ -123,14 +128,28 @@ def answers(ledger: Sequence[dict[str, Any]]) -> list[str]:
 
 def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
     """Prints a line per cell and writes the three files into `out`."""
+    swept = sweep(ledger)
+    ledger = [run for run in ledger if run["lr"] == LRS[run["model"]] and run["seed"] < SWEEP_SEED]
     found = cells(ledger)
     for cell in found:
         print(f"{cell['model']:5} {cell['condition']:8} {cell['method']:18} {line(cell)}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(found, indent=1))
     heads = "| question | model | points of win rate, +- standard error of seeds | each seed |\n|---|---|---|---|\n"
-    (out / "table.md").write_text(markdown(found) + "\n" + heads + "\n".join(answers(ledger)) + "\n")
+    (out / "table.md").write_text(markdown(found) + "\n" + heads + "\n".join(answers(ledger)) + "\n\n" + swept)
     plot(found).savefig(out / "methods.png", dpi=110)
+
+
+def sweep(ledger: Sequence[dict[str, Any]]) -> str:
+    """A row for each model and method that several learning rates were tried with, clean labels, SWEEP_SEED."""
+    tried = [run for run in ledger if run["seed"] == SWEEP_SEED and run["condition"] == "clean"]
+    rates = sorted({run["lr"] for run in tried}, reverse=True)
+    at = {(run["model"], run["method"], run["lr"]): f"{100 * _win([run], 'bold')[0]:.0f}" for run in tried}
+    lines = ["| model | method | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---" * (2 + len(rates)) + "|"]
+    for model, method in sorted({key[:2] for key in at}):
+        row = [at.get((model, method, lr), "") for lr in rates]
+        lines.append(f"| {model} | {method} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _seeds(cell: dict[str, Any]) -> str:
@@ -142,7 +161,8 @@ def _seeds(cell: dict[str, Any]) -> str:
 def markdown(found: Sequence[dict[str, Any]]) -> str:
     """A row per model and method; of each condition the win rate, mean and range of seeds, and fidelity's change."""
     at = {(cell["model"], cell["method"], cell["condition"]): cell for cell in found}
-    heads = [f"{c}: win %, fidelity" for c in CONDITIONS] + ["multi: mixed win %", "hps win %", "diversity", "s"]
+    heads = [f"{c}: win %, fidelity" for c in CONDITIONS]
+    heads += ["multi: mixed win %", "gain", "hps win %", "diversity", "s"]
     lines = ["| model | method | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
     for model, method in sorted({key[:2] for key in at}):
         row = [model, method]
@@ -151,9 +171,10 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
             row.append("" if cell is None else f"{_seeds(cell)}, {100 * cell['change'][0]:+.1f}")
         multi, clean = at.get((model, method, "multi")), at.get((model, method, "clean"))
         row.append(f"{100 * multi['mixed'][0]:.0f}" if multi else "")
-        row += [f"{100 * clean['hps'][0]:.0f}", f"{clean['diversity']:.2f}", f"{clean['seconds']:.0f}"] if clean else [
-            "", "", ""
-        ]  # fmt: skip
+        row += [
+            f"{clean['gain']:+.2f}", f"{100 * clean['hps'][0]:.0f}", f"{clean['diversity']:.2f}",
+            f"{clean['seconds']:.0f}",
+        ] if clean else [""] * 4  # fmt: skip
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
