@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import onednn
 import torch
-from methods_table import LRS, figures, line, summary, table
+from methods_table import LR, figures, line, summary, table
 
 from mmalign import sample, train
 from mmalign.config import load
@@ -237,7 +237,7 @@ def queue(settings: argparse.Namespace, chosen: Sequence[str]) -> Iterator[dict[
                         loss = load(TrainConfig, *recipe(method)).loss.model_dump(mode="json")
                         yield {
                             "model": model, "condition": condition, "method": method, "seed": seed,
-                            "lr": settings.lr or LRS[model], "steps": settings.steps, "captions": settings.captions,
+                            "lr": settings.lr, "steps": settings.steps, "captions": settings.captions,
                             "loss": loss,
                         }  # fmt: skip
 
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--methods", help="comma-separated; default: every config in configs/train/methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, help=f"default: {LRS}")
+    parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--onednn", action="store_true", help="oneDNN's matrix products: faster on AMD (onednn.py)")
     parser.add_argument("--captions", type=int, default=256, help="that the base model draws four pictures for")
     parser.add_argument("--held-out", type=int, default=256, help="captions that are judged at the end")

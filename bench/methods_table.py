@@ -16,7 +16,7 @@ from mmalign.stats import mean_ci, win_rate
 
 CONDITIONS = {"clean": "clean labels", "flipped": "a fifth turned round", "multi": "three annotators vote"}
 MODELS = {"sd": ("v, shapes-sd", "#1f6f8b", "o"), "flow": ("flow, shapes-flow", "#d9822b", "s")}
-LRS = {"sd": 3e-4, "flow": 1e-4}  # by the runs of SWEEP_SEED, which is in no table but that of learning rates
+LR = 3e-4  # between win rate, best at 3e-5, and gain, best at 1e-3, of SWEEP_SEED, which is in no other table
 SWEEP_SEED = 3
 
 RANKED, PAIRWISE = ("rank_dpo", "plackett_luce", "lipo", "pro"), ("diffusion_dpo", "ipo", "hinge", "strength_dpo")
@@ -42,18 +42,19 @@ QUESTIONS = {
 
 def figures(base: dict[str, Any], aligned: dict[str, Any]) -> dict[str, Any]:
     """What is kept of one run: [wins, ties, losses] against the base model's pictures of the same prompts and noise,
-    how many prompts had which change in fidelity, and means; `gain` is the utility's, in spreads of the base's."""
+    how many prompts had which change in fidelity, means, and `gain`: mean and median of what the utility gained, in
+    spreads of the base model's."""
 
     def column(of: dict[str, Any], name: str) -> np.ndarray:
         return np.array(of["hps"] if name == "hps" else [row[name] for row in of["rows"]])
 
     counts = {name: list(win_rate(column(aligned, name), column(base, name))[3:6]) for name in ("bold", "mixed", "hps")}
-    before, after = column(base, "bold"), column(aligned, "bold")
+    gain = (column(aligned, "bold") - column(base, "bold")) / column(base, "bold").std()
     changes = np.round(column(aligned, "fidelity") - column(base, "fidelity"), 4)
     return {
         **counts, "changes": {str(value): int((changes == value).sum()) for value in np.unique(changes)},
         "fidelity": round(float(column(aligned, "fidelity").mean()), 4),
-        "gain": round(float((after - before).mean() / before.std()), 4),
+        "gain": [round(float(gain.mean()), 4), round(float(np.median(gain)), 4)],
         "apart": [round(float(np.mean(of["apart"])), 3) for of in (base, aligned)],
     }  # fmt: skip
 
@@ -74,7 +75,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "win": _win(runs, "bold"), "mixed": _win(runs, "mixed"), "hps": _win(runs, "hps"),
         "fidelity": float(np.mean([run["fidelity"] for run in runs])), "change": list(mean_ci(changes)[:3]),
-        "gain": float(np.mean([run["gain"] for run in runs])),
+        "gain": np.mean([run["gain"] for run in runs], axis=0).tolist(),
         "diversity": float(apart[1] / apart[0]), "by_seed": [_win([run], "bold")[0] for run in runs],
         "seconds": float(np.mean([run["seconds"] for run in runs])),
     }  # fmt: skip
@@ -85,9 +86,10 @@ def line(found: dict[str, Any]) -> str:
     change = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in found["change"]))
     seeds = " ".join(f"{100 * x:.0f}" for x in found["by_seed"])
     return (
-        f"win {win:.1f} [{low:.1f}, {high:.1f}] % (seeds {seeds}), gain {found['gain']:+.2f}, "
-        f"mixed win {100 * found['mixed'][0]:.1f} %, fidelity {100 * found['fidelity']:.1f} % ({change}), "
-        f"hps win {100 * found['hps'][0]:.1f} %, diversity {found['diversity']:.2f}, {found['seconds']:.0f} s"
+        f"win {win:.1f} [{low:.1f}, {high:.1f}] % (seeds {seeds}), "
+        f"gain {found['gain'][0]:+.3f} {found['gain'][1]:+.3f}, mixed win {100 * found['mixed'][0]:.1f} %, "
+        f"fidelity {100 * found['fidelity']:.1f} % ({change}), hps win {100 * found['hps'][0]:.1f} %, "
+        f"diversity {found['diversity']:.2f}, {found['seconds']:.0f} s"
     )
 
 
@@ -104,47 +106,58 @@ def cells(ledger: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def answers(ledger: Sequence[dict[str, Any]]) -> list[str]:
-    """A row for each question and model: the difference in points of each seed that has both sides, and their mean."""
-    rates = {
-        (run["model"], run["seed"], run["condition"], run["method"], name): 100.0 * _win([run], name)[0]
+    """A row for each question and model: the difference of each seed that has both sides, in points and in gain."""
+    found = {
+        (run["model"], run["seed"], run["condition"], run["method"]): {
+            "bold": 100.0 * _win([run], "bold")[0], "mixed": 100.0 * _win([run], "mixed")[0], "gain": run["gain"][1],
+        }
         for run in ledger
-        for name in ("bold", "mixed")
-    }
+    }  # fmt: skip
+    seeds = sorted({run["seed"] for run in ledger})
     rows = []
     for asked, sides in QUESTIONS.items():
         for model in MODELS:
-            gaps = []
-            for seed in sorted({run["seed"] for run in ledger}):
-                keys = [[(model, seed, cond, method, name) for method in methods] for name, cond, methods in sides]
-                if all(key in rates for side in keys for key in side):
-                    one, other = (np.mean([rates[key] for key in side]) for side in keys)
-                    gaps.append(float(one - other))
+            keys = [[[(model, seed, cond, method) for method in of] for _, cond, of in sides] for seed in seeds]
+            told = [pair for pair in keys if all(key in found for side in pair for key in side)]
+            gaps, gains = (
+                [float(np.subtract(*(np.mean([found[key][name] for key in side]) for side in pair))) for pair in told]
+                for name in (sides[0][0], "gain")
+            )
             if gaps:
-                error = f" +- {np.std(gaps, ddof=1) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
                 each = ", ".join(f"{gap:+.1f}" for gap in gaps)
-                rows.append(f"| {asked} | {model} | {np.mean(gaps):+.1f}{error} | {each} |")
+                gained = _mean(gains, 3) if sides[0][0] == "bold" else ""  # what is kept of `mixed` has no gain
+                rows.append(f"| {asked} | {model} | {_mean(gaps, 1)} | {each} | {gained} |")
     return rows
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):+.{digits}f}{error}"
 
 
 def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
     """Prints a line per cell and writes the three files into `out`."""
     swept = sweep(ledger)
-    ledger = [run for run in ledger if run["lr"] == LRS[run["model"]] and run["seed"] < SWEEP_SEED]
+    ledger = [run for run in ledger if run["lr"] == LR and run["seed"] < SWEEP_SEED]
     found = cells(ledger)
     for cell in found:
         print(f"{cell['model']:5} {cell['condition']:8} {cell['method']:18} {line(cell)}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(found, indent=1))
-    heads = "| question | model | points of win rate, +- standard error of seeds | each seed |\n|---|---|---|---|\n"
+    heads = "| question | model | points of win rate, +- standard error of seeds | each seed | median gain |\n"
+    heads += "|---|---|---|---|---|\n"
     (out / "table.md").write_text(markdown(found) + "\n" + heads + "\n".join(answers(ledger)) + "\n\n" + swept)
     plot(found).savefig(out / "methods.png", dpi=110)
 
 
 def sweep(ledger: Sequence[dict[str, Any]]) -> str:
-    """A row for each model and method that several learning rates were tried with, clean labels, SWEEP_SEED."""
+    """A row for each model and method tried on SWEEP_SEED, clean labels: win rate and median gain by learning rate."""
     tried = [run for run in ledger if run["seed"] == SWEEP_SEED and run["condition"] == "clean"]
     rates = sorted({run["lr"] for run in tried}, reverse=True)
-    at = {(run["model"], run["method"], run["lr"]): f"{100 * _win([run], 'bold')[0]:.0f}" for run in tried}
+    at = {
+        (run["model"], run["method"], run["lr"]): f"{100 * _win([run], 'bold')[0]:.0f}, {run['gain'][1]:+.3f}"
+        for run in tried
+    }
     lines = ["| model | method | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---" * (2 + len(rates)) + "|"]
     for model, method in sorted({key[:2] for key in at}):
         row = [at.get((model, method, lr), "") for lr in rates]
@@ -162,7 +175,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     """A row per model and method; of each condition the win rate, mean and range of seeds, and fidelity's change."""
     at = {(cell["model"], cell["method"], cell["condition"]): cell for cell in found}
     heads = [f"{c}: win %, fidelity" for c in CONDITIONS]
-    heads += ["multi: mixed win %", "gain", "hps win %", "diversity", "s"]
+    heads += ["multi: mixed win %", "gain: mean, median", "hps win %", "diversity", "s"]
     lines = ["| model | method | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
     for model, method in sorted({key[:2] for key in at}):
         row = [model, method]
@@ -172,7 +185,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         multi, clean = at.get((model, method, "multi")), at.get((model, method, "clean"))
         row.append(f"{100 * multi['mixed'][0]:.0f}" if multi else "")
         row += [
-            f"{clean['gain']:+.2f}", f"{100 * clean['hps'][0]:.0f}", f"{clean['diversity']:.2f}",
+            "{:+.2f}, {:+.3f}".format(*clean["gain"]), f"{100 * clean['hps'][0]:.0f}", f"{clean['diversity']:.2f}",
             f"{clean['seconds']:.0f}",
         ] if clean else [""] * 4  # fmt: skip
         lines.append("| " + " | ".join(row) + " |")
