@@ -1,0 +1,87 @@
+"""What bench/methods.py makes of its runs: the figures that docs/benchmarks.md prints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import methods_table
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def a_run(method: str, seed: int, wins: int, condition: str = "clean", **given: Any) -> dict[str, Any]:
+    """A line of the ledger: `wins` of 100 pictures, no ties."""
+    counts = [wins, 0, 100 - wins]
+    return {
+        "model": "sd", "condition": condition, "method": method, "seed": seed, "lr": methods_table.LR,
+        "bold": counts, "mixed": counts, "hps": counts, "changes": {"0.0": 98, "1.0": 2}, "fidelity": 0.8,
+        "gain": [0.2, wins / 1000], "apart": [40.0, 50.0], "seconds": 10.0, **given,
+    }  # fmt: skip
+
+
+def test_figures_are_counts_against_the_base_model_and_gains_in_its_spreads():
+    base = [0.0, 1.0, 0.0, 1.0]  # a spread of 0.5
+    rows = [{"bold": b, "mixed": b, "fidelity": 1.0} for b in base]
+    changes = [(1.0, 1.0), (0.0, 0.0), (1.0, 1.0), (-0.5, 1.0)]  # of the utility, and fidelity after
+    aligned = [{"bold": b + d, "mixed": b - 1, "fidelity": f} for b, (d, f) in zip(base, changes, strict=True)]
+    found = methods_table.figures(
+        {"rows": rows, "hps": [1.0, 2.0, 3.0, 4.0], "apart": [30.0, 50.0]},
+        {"rows": aligned, "hps": [2.0, 2.0, 2.0, 5.0], "apart": [40.0, 40.0]},
+    )
+    assert (found["bold"], found["mixed"], found["hps"]) == ([2, 1, 1], [0, 0, 4], [2, 1, 1])
+    assert found["changes"] == {"-1.0": 1, "0.0": 3} and found["fidelity"] == 0.75
+    assert found["gain"] == [0.75, 1.0]  # of 2, 0, 2 and -1 spreads
+    assert found["apart"] == [40.0, 40.0]
+
+
+def test_a_question_is_answered_seed_by_seed_with_the_standard_error_of_seeds():
+    ledger = [a_run("diffusion_dpo", seed, wins) for seed, wins in enumerate((60, 70, 65))]
+    ledger += [a_run("rank_dpo", seed, wins) for seed, wins in enumerate((70, 76, 85))]
+    ledger += [a_run("ddim_inpo", 0, 90)]
+    asked, other = methods_table.answers(ledger)
+    error = np.std([10, 6, 20], ddof=1) / 3**0.5
+    assert asked.startswith(
+        f"| RankDPO against Diffusion-DPO | sd | +12.0 +- {error:.1f} | +10.0, +6.0, +20.0 | +0.012"
+    )
+    assert other == "| DDIM-InPO against Diffusion-DPO | sd | +30.0 | +30.0 | +0.030 |"  # one seed has no error
+
+
+def test_the_table_leaves_out_other_learning_rates_and_the_seed_they_were_chosen_on(tmp_path, capsys):
+    ledger = [a_run("diffusion_dpo", 0, 60), a_run("diffusion_dpo", 1, 80)]
+    ledger += [a_run("diffusion_dpo", 0, 99, lr=1e-3), a_run("diffusion_dpo", methods_table.SWEEP_SEED, 98)]
+    methods_table.table(ledger, tmp_path)
+    assert "win 70.0" in capsys.readouterr().out
+    written = (tmp_path / "table.md").read_text()
+    assert "| sd | diffusion_dpo | 70 (60 to 80), +2.0 |" in written and "99" not in written
+    assert "| sd | diffusion_dpo | 98, +0.098 |" in written  # the table of learning rates
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+
+
+def test_a_rerun_replaces_the_line_before_it():
+    (cell,) = methods_table.cells([a_run("ipo", 0, 10), a_run("ipo", 0, 90)])
+    assert cell["by_seed"] == [pytest.approx(0.9, abs=0.02)]
+
+
+def test_products_through_onednn_equal_torchs_own():
+    script = """
+import torch, onednn
+def found():
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, 33, requires_grad=True)
+    first, second = torch.nn.Linear(33, 65), torch.nn.Linear(65, 5, bias=False)
+    second(first(x).relu()).square().sum().backward()
+    a, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    scaled = torch.addmm(b[:3], a, torch.ones(4, 2).double(), beta=2, alpha=0.5)
+    others = [a @ b, scaled, torch.ones(1, 3) @ torch.ones(3, 0)]
+    return [x.grad, first.weight.grad, first.bias.grad, second.weight.grad, *others]
+before = found()
+onednn.use()
+for one, other in zip(before, found(), strict=True):
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "bench", check=True, timeout=300)
