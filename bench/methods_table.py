@@ -77,7 +77,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "fidelity": float(np.mean([run["fidelity"] for run in runs])), "change": list(mean_ci(changes)[:3]),
         "gain": np.mean([run["gain"] for run in runs], axis=0).tolist(),
         "diversity": float(apart[1] / apart[0]), "by_seed": [_win([run], "bold")[0] for run in runs],
-        "seconds": float(np.mean([run["seconds"] for run in runs])),
+        "seconds": [run["seconds"] for run in runs],
     }  # fmt: skip
 
 
@@ -87,9 +87,9 @@ def line(found: dict[str, Any]) -> str:
     seeds = " ".join(f"{100 * x:.0f}" for x in found["by_seed"])
     return (
         f"win {win:.1f} [{low:.1f}, {high:.1f}] % (seeds {seeds}), "
-        f"gain {found['gain'][0]:+.3f} {found['gain'][1]:+.3f}, mixed win {100 * found['mixed'][0]:.1f} %, "
-        f"fidelity {100 * found['fidelity']:.1f} % ({change}), hps win {100 * found['hps'][0]:.1f} %, "
-        f"diversity {found['diversity']:.2f}, {found['seconds']:.0f} s"
+        f"gain {100 * found['gain'][0]:+.1f} {100 * found['gain'][1]:+.1f} %, "
+        f"mixed win {100 * found['mixed'][0]:.1f} %, fidelity {100 * found['fidelity']:.1f} % ({change}), "
+        f"hps win {100 * found['hps'][0]:.1f} %, diversity {found['diversity']:.2f}, {np.median(found['seconds']):.0f} s"
     )
 
 
@@ -109,7 +109,8 @@ def answers(ledger: Sequence[dict[str, Any]]) -> list[str]:
     """A row for each question and model: the difference of each seed that has both sides, in points and in gain."""
     found = {
         (run["model"], run["seed"], run["condition"], run["method"]): {
-            "bold": 100.0 * _win([run], "bold")[0], "mixed": 100.0 * _win([run], "mixed")[0], "gain": run["gain"][1],
+            "bold": 100.0 * _win([run], "bold")[0], "mixed": 100.0 * _win([run], "mixed")[0],
+            "gain": 100.0 * run["gain"][1],
         }
         for run in ledger
     }  # fmt: skip
@@ -125,14 +126,14 @@ def answers(ledger: Sequence[dict[str, Any]]) -> list[str]:
             )
             if gaps:
                 each = ", ".join(f"{gap:+.1f}" for gap in gaps)
-                gained = _mean(gains, 3) if sides[0][0] == "bold" else ""  # what is kept of `mixed` has no gain
-                rows.append(f"| {asked} | {model} | {_mean(gaps, 1)} | {each} | {gained} |")
+                gained = _mean(gains) if sides[0][0] == "bold" else ""  # what is kept of `mixed` has no gain
+                rows.append(f"| {asked} | {model} | {_mean(gaps)} | {each} | {gained} |")
     return rows
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
-    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):+.{digits}f}{error}"
+def _mean(values: Sequence[float]) -> str:
+    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):+.1f}{error}"
 
 
 def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
@@ -144,7 +145,7 @@ def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
         print(f"{cell['model']:5} {cell['condition']:8} {cell['method']:18} {line(cell)}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(found, indent=1))
-    heads = "| question | model | points of win rate, +- standard error of seeds | each seed | median gain |\n"
+    heads = "| question | model | points of win rate, +- standard error of seeds | each seed | median gain, % |\n"
     heads += "|---|---|---|---|---|\n"
     (out / "table.md").write_text(markdown(found) + "\n" + heads + "\n".join(answers(ledger)) + "\n\n" + swept)
     plot(found).savefig(out / "methods.png", dpi=110)
@@ -155,7 +156,7 @@ def sweep(ledger: Sequence[dict[str, Any]]) -> str:
     tried = [run for run in ledger if run["seed"] == SWEEP_SEED and run["condition"] == "clean"]
     rates = sorted({run["lr"] for run in tried}, reverse=True)
     at = {
-        (run["model"], run["method"], run["lr"]): f"{100 * _win([run], 'bold')[0]:.0f}, {run['gain'][1]:+.3f}"
+        (run["model"], run["method"], run["lr"]): f"{100 * _win([run], 'bold')[0]:.0f}, {100 * run['gain'][1]:+.1f}"
         for run in tried
     }
     lines = ["| model | method | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---" * (2 + len(rates)) + "|"]
@@ -175,7 +176,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     """A row per model and method; of each condition the win rate, mean and range of seeds, and fidelity's change."""
     at = {(cell["model"], cell["method"], cell["condition"]): cell for cell in found}
     heads = [f"{c}: win %, fidelity" for c in CONDITIONS]
-    heads += ["multi: mixed win %", "gain: mean, median", "hps win %", "diversity", "s"]
+    heads += ["multi: mixed win %", "gain %: mean, median", "hps win %", "diversity", "s"]
     lines = ["| model | method | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
     for model, method in sorted({key[:2] for key in at}):
         row = [model, method]
@@ -184,10 +185,11 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
             row.append("" if cell is None else f"{_seeds(cell)}, {100 * cell['change'][0]:+.1f}")
         multi, clean = at.get((model, method, "multi")), at.get((model, method, "clean"))
         row.append(f"{100 * multi['mixed'][0]:.0f}" if multi else "")
-        row += [
-            "{:+.2f}, {:+.3f}".format(*clean["gain"]), f"{100 * clean['hps'][0]:.0f}", f"{clean['diversity']:.2f}",
-            f"{clean['seconds']:.0f}",
-        ] if clean else [""] * 4  # fmt: skip
+        if clean:
+            mean, median = (100 * x for x in clean["gain"])
+            row += [f"{mean:+.1f}, {median:+.1f}", f"{100 * clean['hps'][0]:.0f}", f"{clean['diversity']:.2f}"]
+        seconds = [taken for key, cell in at.items() if key[:2] == (model, method) for taken in cell["seconds"]]
+        row += [""] * (len(heads) + 1 - len(row)) + [f"{np.median(seconds):.0f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
