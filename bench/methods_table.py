@@ -85,11 +85,12 @@ def line(found: dict[str, Any]) -> str:
     win, low, high = (100 * x for x in found["win"])
     change = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in found["change"]))
     seeds = " ".join(f"{100 * x:.0f}" for x in found["by_seed"])
+    mean, median = (100 * x for x in found["gain"])
     return (
-        f"win {win:.1f} [{low:.1f}, {high:.1f}] % (seeds {seeds}), "
-        f"gain {100 * found['gain'][0]:+.1f} {100 * found['gain'][1]:+.1f} %, "
+        f"win {win:.1f} [{low:.1f}, {high:.1f}] % (seeds {seeds}), gain {mean:+.1f} {median:+.1f} %, "
         f"mixed win {100 * found['mixed'][0]:.1f} %, fidelity {100 * found['fidelity']:.1f} % ({change}), "
-        f"hps win {100 * found['hps'][0]:.1f} %, diversity {found['diversity']:.2f}, {np.median(found['seconds']):.0f} s"
+        f"hps win {100 * found['hps'][0]:.1f} %, diversity {found['diversity']:.2f}, "
+        f"{np.median(found['seconds']):.0f} s"
     )
 
 
