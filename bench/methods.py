@@ -3,6 +3,7 @@
     python bench/methods.py                       all methods, both models, three conditions, seeds 0 1 2; resumable
     python bench/methods.py --model sd --condition clean --seeds 0 --methods diffusion_dpo,rank_dpo
     python bench/methods.py --lr 1e-3 --seeds 3 --condition clean --methods diffusion_dpo    another learning rate
+    python bench/methods.py --steps 160 --condition clean --methods diffusion_dpo            another length
     OMP_NUM_THREADS=1 python bench/methods.py &  once per core: each takes what no other is at; 1.6 times as fast as one
     python bench/methods.py --table               only the table, table.md and methods.png of what has been run
 
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 import onednn
 import torch
-from methods_table import LR, figures, line, summary, table
+from methods_table import LR, STEPS, figures, line, summary, table
 
 from mmalign import sample, train
 from mmalign.config import load
@@ -204,7 +205,7 @@ def one(cell: dict[str, Any], settings: argparse.Namespace) -> None:
     """Runs what is missing of one cell and adds its line to the ledger."""
     model, method, seed = str(cell["model"]), str(cell["method"]), int(cell["seed"])
     base = settings.out / model / f"seed-{seed}"
-    home = base / str(cell["condition"]) / f"{method}-{cell['lr']:g}"
+    home = base / str(cell["condition"]) / f"{method}-{cell['steps']}-{cell['lr']:g}"
     with alone(home, wait=False) as mine:
         if not mine or cell in [{key: done.get(key) for key in cell} for done in ledger(settings.figures)]:
             return
@@ -270,7 +271,7 @@ def main() -> None:
     parser.add_argument("--condition", choices=CONDITIONS, action="append", help="repeatable; default: all three")
     parser.add_argument("--methods", help="comma-separated; default: every config in configs/train/methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--onednn", action="store_true", help="oneDNN's matrix products: faster on AMD (onednn.py)")
     parser.add_argument("--captions", type=int, default=256, help="that the base model draws four pictures for")

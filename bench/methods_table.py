@@ -18,6 +18,7 @@ CONDITIONS = {"clean": "clean labels", "flipped": "a fifth turned round", "multi
 MODELS = {"sd": ("v, shapes-sd", "#1f6f8b", "o"), "flow": ("flow, shapes-flow", "#d9822b", "s")}
 LR = 3e-4  # between win rate, best at 3e-5, and gain, best at 1e-3, of SWEEP_SEED, which is in no other table
 SWEEP_SEED = 3
+STEPS = 60
 
 RANKED, PAIRWISE = ("rank_dpo", "plackett_luce", "lipo", "pro"), ("diffusion_dpo", "ipo", "hinge", "strength_dpo")
 # What is asked of the runs: win rate of one side less that of the other, (measure, condition, methods) each.
@@ -35,7 +36,11 @@ QUESTIONS = {
     "SmPO against Diffusion-DPO, turned": (
         ("bold", "flipped", ("smpo",)), ("bold", "flipped", ("diffusion_dpo",)),
     ),
+    "SmPO against DDIM-InPO, turned": (("bold", "flipped", ("smpo",)), ("bold", "flipped", ("ddim_inpo",))),
     "DDIM-InPO against Diffusion-DPO": (("bold", "clean", ("ddim_inpo",)), ("bold", "clean", ("diffusion_dpo",))),
+    "DDIM-InPO against Diffusion-DPO of as many seconds": (
+        ("bold", "clean", ("ddim_inpo",)), ("bold", "clean", ("diffusion_dpo, 160 steps",)),
+    ),
     "beta constant against (1-t)^2": (("bold", "clean", ("flow_dpo",)), ("bold", "clean", ("flow_dpo_late",))),
 }  # fmt: skip
 
@@ -140,7 +145,7 @@ def _mean(values: Sequence[float]) -> str:
 def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
     """Prints a line per cell and writes the three files into `out`."""
     swept = sweep(ledger)
-    ledger = [run for run in ledger if run["lr"] == LR and run["seed"] < SWEEP_SEED]
+    ledger = [_named(run) for run in ledger if run["lr"] == LR and run["seed"] < SWEEP_SEED]
     found = cells(ledger)
     for cell in found:
         print(f"{cell['model']:5} {cell['condition']:8} {cell['method']:18} {line(cell)}")
@@ -152,9 +157,14 @@ def table(ledger: Sequence[dict[str, Any]], out: Path) -> None:
     plot(found).savefig(out / "methods.png", dpi=110)
 
 
+def _named(run: dict[str, Any]) -> dict[str, Any]:
+    """Runs of another length are another method's, so to speak."""
+    return run if run["steps"] == STEPS else {**run, "method": f"{run['method']}, {run['steps']} steps"}
+
+
 def sweep(ledger: Sequence[dict[str, Any]]) -> str:
     """A row for each model and method tried on SWEEP_SEED, clean labels: win rate and median gain by learning rate."""
-    tried = [run for run in ledger if run["seed"] == SWEEP_SEED and run["condition"] == "clean"]
+    tried = [run for run in ledger if (run["seed"], run["condition"], run["steps"]) == (SWEEP_SEED, "clean", STEPS)]
     rates = sorted({run["lr"] for run in tried}, reverse=True)
     at = {
         (run["model"], run["method"], run["lr"]): f"{100 * _win([run], 'bold')[0]:.0f}, {100 * run['gain'][1]:+.1f}"

@@ -18,7 +18,7 @@ def a_run(method: str, seed: int, wins: int, condition: str = "clean", **given: 
     """A line of the ledger: `wins` of 100 pictures, no ties."""
     counts = [wins, 0, 100 - wins]
     return {
-        "model": "sd", "condition": condition, "method": method, "seed": seed, "lr": methods_table.LR,
+        "model": "sd", "condition": condition, "method": method, "seed": seed, "lr": methods_table.LR, "steps": 60,
         "bold": counts, "mixed": counts, "hps": counts, "changes": {"0.0": 98, "1.0": 2}, "fidelity": 0.8,
         "gain": [0.2, wins / 1000], "apart": [40.0, 50.0], "seconds": 10.0, **given,
     }  # fmt: skip
@@ -51,11 +51,13 @@ def test_a_question_is_answered_seed_by_seed_with_the_standard_error_of_seeds():
 
 def test_the_table_leaves_out_other_learning_rates_and_the_seed_they_were_chosen_on(tmp_path, capsys):
     ledger = [a_run("diffusion_dpo", 0, 60), a_run("diffusion_dpo", 1, 80)]
-    ledger += [a_run("diffusion_dpo", 0, 99, lr=1e-3), a_run("diffusion_dpo", methods_table.SWEEP_SEED, 98)]
+    ledger += [a_run("diffusion_dpo", 0, 55, steps=160), a_run("diffusion_dpo", 0, 99, lr=1e-3)]
+    ledger += [a_run("diffusion_dpo", methods_table.SWEEP_SEED, 98)]
     methods_table.table(ledger, tmp_path)
     assert "win 70.0" in capsys.readouterr().out
     written = (tmp_path / "table.md").read_text()
     assert "| sd | diffusion_dpo | 70 (60 to 80), +2.0 |" in written and "99" not in written
+    assert "| sd | diffusion_dpo, 160 steps | 55, +2.0 |" in written
     assert "| sd | diffusion_dpo | 98, +9.8 |" in written  # the table of learning rates
     assert (tmp_path / "methods.png").stat().st_size > 10_000
 
