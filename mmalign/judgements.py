@@ -7,7 +7,7 @@ weighted dimensions mean the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
@@ -17,13 +17,16 @@ import numpy as np
 from mmalign.formats import PreferenceRow
 from mmalign.jobs import Data
 
+_DIGITS = 12  # means of weighted votes are rounded to: a half of them is a tie, whatever order they were added in
+
 
 @dataclass(frozen=True)
 class Group:
     """k media to train on together, k = 1 for singles; in a pair the winner comes first.
 
     `values`: in [0, 1], higher is better; (label, 1 - label) for a pair, phi for a list, 1 or 0 for a single.
-    `scores`: as a reward gave them, where there is one. `rewards`: the same normalised over the table, else `values`.
+    `scores`: as a reward gave them, where there is one. `rewards`: the same normalised over the table; without scores
+    the shares of votes, for a single `values`.
     """
 
     prompts: tuple[str, ...]
@@ -43,9 +46,7 @@ class Group:
     @property
     def gap(self) -> float:
         """How much better the winner of a pair is, in [0, 1]: by rewards, or by the share of votes."""
-        if self.scores is not None:
-            return max(0.0, self.rewards[0] - self.rewards[1])
-        return max(0.0, self.values[0] - self.values[1])
+        return max(0.0, self.rewards[0] - self.rewards[1])
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Judged:
 
 def share_of(wins: np.ndarray) -> np.ndarray:
     """phi: mean of wins [k, k] over the other media, [k] in [0, 1]."""
-    shares: np.ndarray = (wins.sum(1) - 0.5) / (len(wins) - 1)
+    shares: np.ndarray = np.round((wins.sum(1) - 0.5) / (len(wins) - 1), _DIGITS)
     return shares
 
 
@@ -87,7 +88,8 @@ def wins_of(row: PreferenceRow, dimensions: dict[str, float] | None = None, dime
     if not known:
         raise ValueError(f"{row.origin} is judged on {', '.join(row.dimensions())}, none of data.dimensions")
     total = sum(weight * _compared(row.order(name)) for name, weight in known.items())
-    return np.asarray(total) / sum(known.values())
+    wins: np.ndarray = np.round(np.asarray(total) / sum(known.values()), _DIGITS)
+    return wins
 
 
 def _compared(order: Sequence[float]) -> np.ndarray:
@@ -148,7 +150,7 @@ def _merged(found: list[Judged]) -> list[Judged]:
             matrices.append(vote.wins[np.ix_(places, places)])
         total = weights.sum()
         wins = np.tensordot(weights / total, matrices, 1) if total else np.mean(matrices, 0)
-        merged.append(replace(first, wins=wins, weight=float(weights.mean())))
+        merged.append(replace(first, wins=np.round(wins, _DIGITS), weight=float(weights.mean())))
     return merged
 
 
@@ -171,7 +173,7 @@ def pairs(found: Sequence[Judged], data: Data) -> list[Group]:
     for one, rewards in zip(found, _normalised(found, data), strict=True):
         for a, b in combinations(range(len(one.media)), 2):
             i, j = (a, b) if one.wins[a, b] >= 0.5 else (b, a)
-            label = float(one.wins[i, j])
+            won = label = float(one.wins[i, j])
             tie = label == 0.5
             if tie and data.ties == "drop":
                 continue
@@ -184,7 +186,7 @@ def pairs(found: Sequence[Judged], data: Data) -> list[Group]:
                 both = (better, worse)
                 values = (label, 1 - label)
                 scores = None if one.scores is None else tuple(one.scores[k] for k in both)
-                rewarded = values if rewards is None else tuple(rewards[k] for k in both)
+                rewarded = (won, 1 - won) if rewards is None else tuple(rewards[k] for k in both)
                 prompts, media = tuple(one.prompts[k] for k in both), tuple(one.media[k] for k in both)
                 groups.append(Group(prompts, media, values, scores, rewarded, weight, one.origin))
     return groups
@@ -194,21 +196,29 @@ def across(found: Sequence[Judged]) -> list[Judged]:
     """Joint preferences (2404.00530): medium j of each row against medium j of the next row with another prompt.
 
     Which is better is a matter of scores, that must therefore mean the same for every prompt. As many pairs as a row
-    has media, for each row but the last. ValueError for rows without scores.
+    has media, for each row but the last prompt's. ValueError for rows without scores.
     """
     bare = next((one for one in found if one.scores is None), None)
     if bare is not None:
         raise ValueError(f"data.pairing: across compares scores, and {bare.origin} has none; use pairing: within")
     paired = []
-    for one, other in pairwise(found):
-        if one.prompts[0] == other.prompts[0]:
-            continue
+    for one, other in _with_next(found):
         for a, b, *both in zip(one.media, other.media, one.scores or (), other.scores or (), strict=False):
             prompts = (one.prompts[0], other.prompts[0])
             weight = (one.weight + other.weight) / 2
             wins = _compared([-score for score in both])
             paired.append(Judged(prompts, (a, b), wins, tuple(both), weight, f"{one.origin} and {other.origin}"))
     return paired
+
+
+def _with_next(found: Sequence[Judged]) -> Iterator[tuple[Judged, Judged]]:
+    """Each row and the next one with another prompt, where there is one."""
+    following: Judged | None = None
+    ways = []
+    for one, other in reversed(list(pairwise(found))):
+        following = other if one.prompts[0] != other.prompts[0] else following
+        ways.append((one, following))
+    return ((one, other) for one, other in reversed(ways) if other is not None)
 
 
 def lists(found: Sequence[Judged], data: Data) -> list[Group]:

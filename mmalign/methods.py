@@ -39,6 +39,8 @@ class Preference(Objective):
     reference_free: ClassVar[bool] = False
     family: ClassVar[str] = "pairwise"
     tracked: ClassVar[dict[str, str]] = {}  # argument -> metric whose moving average it is
+    scales_margins: ClassVar[bool] = False  # whether beta is a factor of margins and nothing else
+    own_logit: ClassVar[bool] = True  # whether what a pair's loss looks at is another number than r_w - r_l
     reduction: Literal["mean", "sum"] = Field(
         "mean", description="how a sample's squared error is reduced; beta is not portable between the two"
     )
@@ -47,6 +49,8 @@ class Preference(Objective):
 class WithBeta(Preference):
     """beta and kappa, as in logit = -kappa beta [(E(w) - E_ref(w)) - (E(l) - E_ref(l))]."""
 
+    scales_margins: ClassVar[bool] = True
+    own_logit: ClassVar[bool] = False
     beta: PositiveFloat = Field(
         2000.0, description="strength of the pull to the reference; 2000 SD1.5, 5000 SDXL with reduction mean"
     )
@@ -110,6 +114,7 @@ class FDPO(WithBeta):
     """f-divergence DPO: the pull to the reference is another divergence than reverse KL (2309.16240)."""
 
     function: ClassVar[str] = "mmalign.losses.pairwise:f_dpo"
+    own_logit: ClassVar[bool] = True
     kind: Literal["f_dpo"] = "f_dpo"
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "js"
     alpha: float = Field(0.5, gt=0, lt=1, description="of the alpha divergence; towards 0 is reverse KL, 1 forward KL")
@@ -120,7 +125,8 @@ class DSPO(WithBeta):
     """DSPO: the winner's score is moved along the preference's own score (ICLR 2025; SD 1.5 form of its code)."""
 
     function: ClassVar[str] = "mmalign.losses.pairwise:dspo"
-    needs: ClassVar[tuple[str, ...]] = ("weight", "drift")
+    needs: ClassVar[tuple[str, ...]] = ("label", "weight", "drift")
+    scales_margins: ClassVar[bool] = False
     kind: Literal["dspo"] = "dspo"
     beta: PositiveFloat = Field(
         0.001, lt=1, description="0.001 in the released script; from 1 on, the loss pushes the policy off the winner"
@@ -133,6 +139,7 @@ class MaPO(Preference):
     function: ClassVar[str] = "mmalign.losses.pairwise:mapo"
     reference_free: ClassVar[bool] = True
     kind: Literal["mapo"] = "mapo"
+    reduction: Literal["mean"] = Field("mean", description="a sum is hundreds, at which the likelihood below is 0")
     beta: PositiveFloat = Field(0.1, description="weight of the margin term")
     sharpness: PositiveFloat = Field(0.5, description="a in a m / (e^(a m) - 1), which maps errors to (0, 1)")
     timesteps: PositiveFloat = Field(1000.0, description="T, factor of the margin")
@@ -142,6 +149,7 @@ class DiffusionNPO(WithBeta):
     """Diffusion-NPO: labels swapped; the result is the unconditional branch of guidance (2505.11245)."""
 
     function: ClassVar[str] = "mmalign.losses.pairwise:diffusion_npo"
+    own_logit: ClassVar[bool] = True
     kind: Literal["diffusion_npo"] = "diffusion_npo"
     beta: PositiveFloat = Field(500.0, description="500 in its code")
 
@@ -169,6 +177,7 @@ class SmPO(WithBeta):
     """SmPO: labels smoothed by how far apart a reward puts the two (2506.02698); best with noise.kind: renoise."""
 
     function: ClassVar[str] = "mmalign.losses.strength:smpo"
+    own_logit: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("weight", "gap")
     family: ClassVar[str] = "degree"
     kind: Literal["smpo"] = "smpo"
@@ -179,6 +188,7 @@ class MarginDPO(WithBeta):
     """Margin-scaled beta: a clearer preference pulls harder, beta (1 + w (1 - e^(-k gap))) (2502.10391)."""
 
     function: ClassVar[str] = "mmalign.losses.strength:margin_dpo"
+    own_logit: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("label", "weight", "gap")
     family: ClassVar[str] = "degree"
     kind: Literal["margin_dpo"] = "margin_dpo"
@@ -256,7 +266,7 @@ class BCO(WithBeta):
     items: ClassVar[Literal["pairs", "lists", "singles"]] = "singles"
     needs: ClassVar[tuple[str, ...]] = ("desirable", "weight")
     family: ClassVar[str] = "unpaired"
-    tracked: ClassVar[dict[str, str]] = {"shift": "reward_centre"}
+    tracked: ClassVar[dict[str, str]] = {name: name for name in ("liked_reward", "disliked_reward", "liked_share")}
     kind: Literal["bco"] = "bco"
 
 

@@ -5,10 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mmalign.jobs import Data
 from mmalign.shapes.annotators import ANNOTATORS, FEATURES, Annotator, features
 from mmalign.shapes.captions import parse_caption
 from mmalign.shapes.data import judged_groups
 from mmalign.shapes.scene import Scene, Shape, render
+from mmalign.tasks import sources
 
 RED = Shape("circle", "red", 20, 30, 9)
 
@@ -147,3 +149,9 @@ def test_a_group_of_more_is_judged_pair_by_pair():
 def test_groups_of_an_unknown_annotator():
     with pytest.raises(ValueError, match="no annotator is called 'blod'; there are: faithful, bold"):
         judged_groups(1, 5, "blod")
+
+
+def test_counts_decide_how_many_shapes_the_judged_captions_have():
+    data = Data(shapes={"scenes": 10, "seed": 5, "counts": (0.0, 0.0, 1.0)})
+    found, _ = sources.groups(data, "pairs")
+    assert {len(parse_caption(group.prompts[0]).items) for group in found} == {3}

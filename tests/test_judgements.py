@@ -35,7 +35,7 @@ def test_votes_become_a_share() -> None:
     assert soft.media == (A, B) and soft.values == pytest.approx((0.7, 0.3))
     assert soft.gap == pytest.approx(0.4)
     (hard,) = _pairs(rows, votes="share")
-    assert hard.values == (1.0, 0.0)
+    assert hard.values == (1.0, 0.0) and hard.gap == pytest.approx(0.4), "the votes say how far, hard labels or not"
     assert len(_pairs(rows)) == 4, "separate: each vote is a pair, the tie dropped"
 
 
@@ -51,7 +51,21 @@ def test_an_even_vote_is_a_tie() -> None:
     assert _pairs(rows, votes="share") == []
     (soft,) = _pairs(rows, votes="share", ties="soft")
     assert soft.values == (0.5, 0.5)
-    assert [pair.media for pair in _pairs(rows, votes="share", ties="half")] == [(A, B), (B, A)]
+    halves = _pairs(rows, votes="share", ties="half")
+    assert [pair.media for pair in halves] == [(A, B), (B, A)] and [pair.gap for pair in halves] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("voters", range(2, 42, 2))
+def test_an_even_vote_is_a_tie_whatever_the_sum_rounds_to(voters: int) -> None:
+    rows = [_label("A" if i % 2 else "B", weight=0.1) for i in range(voters)]
+    assert _pairs(rows, votes="share") == []
+    data = _data(votes="share")
+    assert judgements.singles(judgements.judged(rows, data), data) == []
+
+
+def test_dimensions_that_cancel_are_a_tie() -> None:
+    row = PreferenceRow("p", (A, B), label={"VQ": "A", "MQ": "A", "TA": "B"})
+    assert _pairs([row], dimensions={"VQ": 0.1, "MQ": 0.2, "TA": 0.3}) == []
 
 
 def test_weighted_dimensions_decide_together() -> None:
@@ -113,6 +127,10 @@ def test_pairing_across_prompts_is_by_scores() -> None:
     (pair,) = _pairs(rows, pairing="across")
     assert (pair.prompts, pair.media) == (("q", "p"), (C, A)), "B and D are tied"
     assert len(_pairs(rows, pairing="across", ties="soft")) == 2
+    again = [PreferenceRow(prompt, (A, B), scores={"x": (n, n + 1)}) for n, prompt in enumerate("pppqq")]
+    found = _pairs(again, pairing="across")
+    assert [pair.prompts for pair in found] == [("q", "p")] * 6, "each of three rows meets the first of the next prompt"
+    assert {pair.scores[0] for pair in found if pair.scores} == {3.0, 4.0}
     with pytest.raises(ValueError, match="compares scores"):
         _pairs([_label("A")], pairing="across")
 

@@ -263,7 +263,22 @@ def test_pairs_with_prompts_of_their_own(models: dict[str, Path], tmp_path: Path
         ({"loss": {"kind": "diffusion_dpo", "beta": 0.0}}, "loss.diffusion_dpo.beta"),
         ({"loss": {"kind": "robust_dpo", "flip_rate": 0.5}}, "less than 0.5"),
         ({"loss": {"kind": "mapo"}, "guards": {"auto_beta": {}}}, "mapo has no beta that scales margins"),
+        ({"loss": {"kind": "dspo"}, "guards": {"auto_beta": {}}}, "dspo has no beta that scales margins"),
+        ({"loss": {"kind": "mapo", "reduction": "sum"}}, "loss.mapo.reduction"),
         ({"loss": {"kind": "rank_dpo"}, "guards": {"drop_saturated": 4.0}}, "drop_saturated is for pairs"),
+        *(
+            ({"loss": loss, "guards": {"drop_saturated": 4.0}}, "decides by another")
+            for loss in (
+                {"kind": "diffusion_npo"},
+                {"kind": "smpo"},
+                {"kind": "margin_dpo"},
+                {"kind": "f_dpo"},
+                {"kind": "mapo"},
+                {"kind": "flow_dpo", "beta_schedule": "(1-t)^2"},
+            )
+        ),
+        ({"loss": {"kind": "bco"}, "guards": {"winner": 1.0}}, "bco does not have"),
+        ({"loss": {"kind": "diffusion_npo"}, "guards": {"winner": 1.0}}, "is to be led away from"),
         ({"loss": {"kind": "dspo"}, "reference": {"kind": "cached", "draws": 2}}, "needs the reference's predictions"),
         ({"loss": {"kind": "rwr"}, "reference": {"kind": "cached", "draws": 2}}, "rwr has no reference"),
         (

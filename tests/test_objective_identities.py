@@ -28,6 +28,7 @@ from objective_kit import (
 from torch import Tensor
 
 from mmalign.losses import errors, listwise, pairwise, strength, unpaired
+from mmalign.tasks.state import Averages
 
 LN2 = math.log(2)
 
@@ -190,11 +191,19 @@ def test_alpha_runs_from_reverse_to_forward_kl() -> None:
     assert high.item() == pytest.approx(forward.item(), rel=1e-4)
 
 
-def test_far_ratios_stay_finite() -> None:
-    model, reference = torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.ones(2, 2)
-    for divergence in ("reverse_kl", "forward_kl", "js", "alpha"):
-        loss, _ = pairwise.f_dpo(model.requires_grad_(True), reference, beta=5000.0, divergence=divergence)
-        assert torch.isfinite(loss)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+def test_far_ratios_stay_finite_and_the_most_wrong_pairs_still_pull(divergence: str) -> None:
+    model = torch.tensor([[0.98, 1.02], [1.02, 0.98]], requires_grad=True)  # log-ratios of +-50
+    loss, _ = pairwise.f_dpo(model, torch.ones(2, 2), beta=5000.0, divergence=divergence)
+    loss.backward()
+    assert torch.isfinite(loss) and model.grad is not None and torch.isfinite(model.grad).all()
+    assert model.grad[1, 0] > 0, "the winner's error is to fall"
+    if divergence == "reverse_kl":
+        plain = model.detach().clone().requires_grad_(True)
+        dpo, _ = pairwise.diffusion_dpo(plain, torch.ones(2, 2), beta=5000.0)
+        dpo.backward()
+        assert loss.item() == pytest.approx(dpo.item(), rel=1e-4)
+        torch.testing.assert_close(model.grad, plain.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_two_schedules_of_beta_agree_where_t_is_0() -> None:
@@ -302,9 +311,31 @@ def test_bco_with_its_own_centre_of_a_pair_bounds_dpo() -> None:
     model, reference = pairs_of_errors()
     flat = (model.T.reshape(-1), reference.T.reshape(-1))  # all winners, then all losers
     liked = torch.tensor([True] * B + [False] * B)
-    for shift in (None, torch.tensor(0.0), torch.tensor(0.7)):
-        loss, _ = unpaired.bco(*flat, liked, shift, beta=BETA)
+    for centre in (None, 0.0, 0.7):
+        seen = () if centre is None else (torch.tensor(centre / 2), torch.tensor(centre / 2), torch.tensor(0.5))
+        loss, _ = unpaired.bco(*flat, liked, *seen, beta=BETA)
         assert 2 * loss.item() >= _dpo(model, reference).item()
+
+
+@pytest.mark.parametrize("size", [1, 4, 50])
+def test_the_share_of_likes_does_not_move_bcos_centre(size: int) -> None:
+    """Likes have the reward 0.3, dislikes -0.1, 80 % are likes: delta is 0.1 for batches of any size, and so is a loss
+    at it."""
+    liked = torch.arange(50) % 5 != 0
+    averages = Averages(BY_KIND["bco"].tracked, None)
+    for chosen in liked.split(size):  # at size 1 only one class at a time
+        _, metrics = unpaired.bco(1 - torch.where(chosen, 0.3, -0.1), torch.ones(len(chosen)), chosen, beta=2.0)
+        averages.update(metrics)
+    seen = {name: averages.tensor(name) for name in BY_KIND["bco"].tracked}
+    at_centre = torch.tensor([0.9, 0.9]), torch.ones(2), torch.tensor([True, False])  # rewards of 0.1
+    loss, _ = unpaired.bco(*at_centre, **seen, beta=2.0)
+    assert loss.item() == pytest.approx(LN2, rel=1e-5)
+
+
+def test_bco_leaves_out_a_class_that_was_never_seen() -> None:
+    seen = torch.tensor(0.3), torch.tensor(0.0), torch.tensor(1.0)
+    loss, _ = unpaired.bco(torch.tensor([0.7]), torch.ones(1), torch.tensor([True]), *seen, beta=2.0)
+    assert loss.item() == pytest.approx(LN2)
 
 
 def test_kto_does_not_go_below_zero_for_its_origin() -> None:

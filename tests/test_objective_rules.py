@@ -26,6 +26,11 @@ from objective_kit import (
 from mmalign.losses import errors, guards, pairwise
 
 
+def test_what_pairs_take_labels() -> None:
+    """Only SmPO goes by the gap, which is 0 for a tie."""
+    assert [k for k, c in BY_KIND.items() if c.items == "pairs" and "label" not in c.needs] == ["smpo"]
+
+
 @pytest.mark.parametrize("kind", [k for k, c in BY_KIND.items() if c.items == "pairs" and "label" in c.needs])
 def test_a_soft_tie_is_symmetric(kind: str) -> None:
     model, reference = pairs_of_errors()
@@ -59,6 +64,15 @@ def test_huge_margins_stay_finite(kind: str) -> None:
     assert torch.isfinite(loss) and model.grad is not None and torch.isfinite(model.grad).all()
 
 
+@pytest.mark.parametrize("error", [1e-6, 1.0, 170.0, 180.0, 400.0, 1e4])
+def test_mapo_stays_finite_at_errors_of_any_size(error: float) -> None:
+    model = torch.tensor([[error, error / 2]], requires_grad=True)
+    loss, _ = pairwise.mapo(model)
+    loss.backward()
+    assert torch.isfinite(loss) and model.grad is not None and torch.isfinite(model.grad).all()
+    assert model.grad[0, 0] >= 0.99, "the winner's own error is always there"
+
+
 @pytest.mark.parametrize("kind", BY_KIND)
 def test_half_precision_errors_are_raised_to_float32(kind: str) -> None:
     shape = shape_of(kind)
@@ -76,7 +90,7 @@ def test_accuracy_counts_wins_ties_and_losses() -> None:
 def test_the_two_conventions_of_kappa_agree() -> None:
     """diffusers' SD 1.5 script has 2500 without the half, the paper's code 5000 with it."""
     model, reference = pairs_of_errors()
-    for kind in (k for k in WITH_REFERENCE if BY_KIND[k].items == "pairs" and "label" in BY_KIND[k].needs):
+    for kind in (k for k in WITH_REFERENCE if BY_KIND[k].items == "pairs" and BY_KIND[k].scales_margins):
         one, _ = call(kind, model, reference, {"beta": 2500.0, "kappa": 1.0})
         two, _ = call(kind, model, reference, {"beta": 5000.0, "kappa": 0.5})
         assert one.item() == two.item(), kind

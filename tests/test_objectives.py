@@ -71,10 +71,14 @@ def _f_dpo(
 def _dspo(model: np.ndarray, reference: np.ndarray, g: dict[str, np.ndarray], beta: float) -> float:
     """In the scalars: cross = <m - target, ref - target> from the cosine rule, then the square written out."""
     reward = _reward(model, reference, beta)
-    gate = beta * (1 - sigmoid(reward[:, 0] - reward[:, 1]))
-    e, r, d = model[:, 0], reference[:, 0], g["drift"][:, 0]
-    cross = (e + r - d) / 2
-    return float(np.mean(g["weight"] * (e - 2 * gate * (e - cross) + gate**2 * d)))
+    share = {0: g["label"], 1: 1 - g["label"]}
+    total = 0.0
+    for w, likely in share.items():
+        gate = beta * (1 - sigmoid(reward[:, w] - reward[:, 1 - w]))
+        e, r, d = model[:, w], reference[:, w], g["drift"][:, w]
+        cross = (e + r - d) / 2
+        total += float(np.mean(g["weight"] * likely * (e - 2 * gate * (e - cross) + gate**2 * d)))
+    return total
 
 
 def _mapo(model: np.ndarray, reference: None, g: dict[str, np.ndarray], beta: float, a: float, t: float) -> float:

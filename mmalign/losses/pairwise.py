@@ -151,23 +151,29 @@ def f_dpo(
 
     A diffusion model gives no density ratio; its log is taken as scale * implicit reward, so that scale says how far
     from 1 ratios are: as scale goes to 0, every divergence becomes reverse KL, which is Diffusion-DPO, up to the factor
-    f''(1) (1/2 for JS, 1 for the others). Log-ratios are cut at +-30.
+    f''(1) (1/2 for JS, 1 for the others). Exponentials go on as straight lines from e^30 on, so that pairs that far
+    wrong are still pulled back.
     """
     log_u = scale * implicit_reward(model, reference, beta, kappa)
-    log_u = log_u.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     slope = {
         "reverse_kl": lambda: log_u + 1,
-        "forward_kl": lambda: -torch.exp(-log_u),
+        "forward_kl": lambda: -_exp(-log_u),
         "js": lambda: F.logsigmoid(log_u) + torch.tensor(2.0).log(),
-        "alpha": lambda: (1 - torch.exp(-alpha * log_u)) / alpha,
+        "alpha": lambda: (1 - _exp(-alpha * log_u)) / alpha,
     }[divergence]()
     logit = (slope[:, 0] - slope[:, 1]) / scale
     return weighted_mean(log_sigmoid_loss(logit, label), weight), pair_metrics(model, reference, logit)
 
 
+def _exp(x: Tensor) -> Tensor:
+    """e^x, and beyond e^30 its tangent there."""
+    return torch.exp(x.clamp(max=_LARGEST_LOG_RATIO)) * (1 + F.relu(x - _LARGEST_LOG_RATIO))
+
+
 def dspo(
-    model: Tensor, reference: Tensor, drift: Tensor, *, beta: float, kappa: float = 0.5, weight: Tensor | None = None
-) -> tuple[Tensor, Metrics]:
+    model: Tensor, reference: Tensor, drift: Tensor, *, beta: float, kappa: float = 0.5, label: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:  # fmt: skip
     """DSPO (Zhu et al., ICLR 2025; the SD 1.5 branch of its code): score matching towards the preference's score.
 
         loss = mean |(m_w - target) - beta (1 - sigmoid(logit)) (m_w - ref_w)|^2
@@ -183,10 +189,10 @@ def dspo(
     """
     model, reference, drift = model.float(), reference.float(), drift.float()
     logit = pair_logit(model, reference, beta, kappa)
-    gate = beta * torch.sigmoid(-logit)
-    error, away = model[:, 0] - reference[:, 0], drift[:, 0]
-    each = model[:, 0] - gate * (error + away) + gate.square() * away
-    return weighted_mean(each, weight), pair_metrics(model, reference, logit)
+    gate = beta * torch.sigmoid(torch.stack([-logit, logit], 1))
+    each = model - gate * (model - reference + drift) + gate.square() * drift
+    loss = weighted_mean(_both_orders(each[:, 0], each[:, 1], label), weight)
+    return loss, pair_metrics(model, reference, logit)
 
 
 def mapo(
@@ -200,7 +206,7 @@ def mapo(
     f falls from 1 at E = 0; a is `sharpness`, T is `timesteps`. Under a soft label the first term is the label's mean.
     """
     model = model.float()
-    likelihood = 1 / _expm1_over(sharpness * model)
+    likelihood = _over_expm1(sharpness * model)
     logit = timesteps * (likelihood[:, 0] - likelihood[:, 1])
     own = _both_orders(model[:, 0], model[:, 1], label)
     loss = weighted_mean(own + beta * log_sigmoid_loss(logit, label), weight)
@@ -210,11 +216,11 @@ def mapo(
     )  # fmt: skip
 
 
-def _expm1_over(x: Tensor) -> Tensor:
-    """(e^x - 1) / x, by its series near 0."""
+def _over_expm1(x: Tensor) -> Tensor:
+    """x / (e^x - 1) for x >= 0, by its series near 0; e^-x does not overflow."""
     small = x.abs() < 1e-4
     safe = torch.where(small, torch.ones_like(x), x)
-    return torch.where(small, 1 + x / 2, torch.expm1(safe) / safe)
+    return torch.where(small, 1 - x / 2, -safe * torch.exp(-safe) / torch.expm1(-safe))
 
 
 def diffusion_npo(

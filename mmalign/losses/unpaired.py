@@ -59,22 +59,36 @@ def diffusion_kto(
 
 
 def bco(
-    model: Tensor, reference: Tensor, desirable: Tensor, shift: Tensor | None = None, *, beta: float,
-    kappa: float = 0.5, weight: Tensor | None = None,
+    model: Tensor, reference: Tensor, desirable: Tensor, liked_reward: Tensor | None = None,
+    disliked_reward: Tensor | None = None, liked_share: Tensor | None = None, *, beta: float, kappa: float = 0.5,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
     """Binary classifier optimisation (Jung et al. 2404.04656).
 
         loss = -log sigmoid(r - delta) for a like, -log sigmoid(-(r - delta)) for a dislike
 
     Args:
-        shift: delta, scalar: the moving average of the two classes' mean rewards (metric `reward_centre`), which makes
-            this a bound of DPO's loss as tight as it can be. None, as in the first step: that of this batch.
+        liked_reward, disliked_reward, liked_share: scalars, moving averages of the metrics of these names. delta is
+            the mean of the two classes' mean rewards, which makes this a bound of DPO's loss as tight as it can be;
+            sums and shares are averaged apart, so that batches with one class alone do not move it. None, as in the
+            first step: that of this batch.
     """
     reward = implicit_reward(model, reference, beta, kappa)
-    delta = balanced_mean(reward, desirable) if shift is None else shift
+    if liked_reward is None or disliked_reward is None or liked_share is None:
+        delta = balanced_mean(reward, desirable)
+    else:
+        delta = _centre(torch.stack([liked_reward, disliked_reward]), torch.stack([liked_share, 1 - liked_share]))
     logit = reward - delta
     each = -F.logsigmoid(torch.where(desirable, logit, -logit))
-    return weighted_mean(each, weight), _class_metrics(reward, desirable, logit, model, reference)
+    return weighted_mean(each, weight), _class_metrics(reward, desirable, logit, model, reference) | detached(
+        liked_reward=torch.where(desirable, reward, 0.0), disliked_reward=torch.where(desirable, 0.0, reward),
+        liked_share=desirable,
+    )  # fmt: skip
+
+
+def _centre(totals: Tensor, shares: Tensor) -> Tensor:
+    """The mean of the classes' means, from their mean contributions and shares [2]; an absent class is left out."""
+    return (totals / shares.clamp(min=1e-6))[shares > 1e-6].mean()
 
 
 def reward_weights(reward: Tensor, mask: Tensor, weighting: str, temperature: float, max_weight: float) -> Tensor:

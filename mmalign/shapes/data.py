@@ -82,14 +82,15 @@ def drawings(
 
 def judged_groups(
     count: int, seed: int, annotator: str, *, votes: int = 1, per_prompt: int = 2, held_out: bool = False,
-    processes: int = 1,
+    counts: tuple[float, ...] = COUNT_WEIGHTS, processes: int = 1,
 ) -> list[Judged]:  # fmt: skip
     """Drawings of `count` captions, `per_prompt` of each, any of them wrong or damaged, judged in pairs.
 
     `wins` of the result are the shares of votes of a simulated annotator, a tie being half a vote; `scores` are the
-    annotator's utilities without noise. `votes`: how often each pair is judged, with fresh noise. `processes` changes
-    how long it takes (about 20 ms a pair in one process, reading the pictures), never the result; from a script with
-    more than one, the call has to be under `if __name__ == "__main__"`, as for any spawned process.
+    annotator's utilities without noise. `counts` as in `captions`. `votes`: how often each pair is judged, with fresh
+    noise. `processes` changes how long it takes (about 20 ms a pair in one process, reading the pictures), never the
+    result; from a script with more than one, the call has to be under `if __name__ == "__main__"`, as for any spawned
+    process.
 
     Raises:
         ValueError: no annotator has that name.
@@ -97,7 +98,7 @@ def judged_groups(
     if annotator not in ANNOTATORS:
         raise ValueError(f"no annotator is called {annotator!r}; there are: {', '.join(ANNOTATORS)}")
     judge = partial(_judged, seed=seed, annotator=annotator, votes=votes, per_prompt=per_prompt)
-    wanted = list(enumerate(captions(count, seed, held_out=held_out)))
+    wanted = list(enumerate(captions(count, seed, held_out=held_out, counts=counts)))
     if processes == 1:
         return [judge(one) for one in wanted]
     # Not forked: the caller may have threads.

@@ -46,6 +46,7 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
             votes=wanted.votes,
             per_prompt=wanted.per_prompt,
             held_out=wanted.held_out,
+            counts=wanted.counts,
             processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
         )
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
