@@ -38,7 +38,14 @@ def share_entry(values: Sequence[float] | Floats, clusters: Sequence[Hashable]) 
     return {"share": mean, "low": _finite(low), "high": _finite(high), "n": len(x)}
 
 
-def alpha(units: Sequence[Sequence[float]], clusters: Sequence[Hashable], seed: int = 0, samples: int = 2000) -> Any:
+def alpha(
+    units: Sequence[Sequence[float]],
+    clusters: Sequence[Hashable],
+    *,
+    mirrored: bool = False,
+    seed: int = 0,
+    samples: int = 2000,
+) -> Any:
     """Krippendorff's alpha for nominal data: agreement beyond chance of any number of judges, with gaps.
 
     alpha = 1 - D_o / D_e from the coincidence matrix (Krippendorff, "Content Analysis", 3rd edition 2013, chapter 12):
@@ -47,6 +54,8 @@ def alpha(units: Sequence[Sequence[float]], clusters: Sequence[Hashable], seed: 
     Args:
         units: the answers (1, 0.5 or 0) that one pair got; units of fewer than two are passed over.
         clusters: [len(units)], as a rule the prompts; whole clusters are resampled for the interval.
+        mirrored: count each unit once more with A and B exchanged. For pairs of which it is arbitrary what is called
+            A: chance then does not know the sides, and alpha is the same whichever way round any of them stands.
 
     Returns:
         dict with alpha, low, high (95 %, percentile bootstrap) and n units; None where undefined: no unit, or one
@@ -57,8 +66,11 @@ def alpha(units: Sequence[Sequence[float]], clusters: Sequence[Hashable], seed: 
         return {"alpha": None, "low": None, "high": None, "n": 0}
     codes: dict[Hashable, int] = {}
     places = np.array([codes.setdefault(cluster, len(codes)) for _, cluster in kept])
+    each = np.stack([_coincidences(unit) for unit, _ in kept])
+    if mirrored:
+        each += each[:, ::-1, ::-1]  # ANSWERS backwards are those for the other side
     matrices = np.zeros((len(codes), 9))
-    np.add.at(matrices, places, np.stack([_coincidences(unit).ravel() for unit, _ in kept]))
+    np.add.at(matrices, places, each.reshape(-1, 9))
     value = float(_alpha(matrices.sum(0)[None])[0])
     low = high = math.nan
     if len(codes) > 1:

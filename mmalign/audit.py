@@ -20,7 +20,7 @@ from mmalign.jobs import EvaluatorSpec
 from mmalign.prefer_pool import counted
 from mmalign.prefer_summary import interval, percent
 from mmalign.results import read_results
-from mmalign.routing import asked_about
+from mmalign.routing import asked_about, of_rewards, refuse_overwriting, table_files
 from mmalign.source import whole_file
 from mmalign.tables import PreferenceRow, read_preferences
 
@@ -53,11 +53,16 @@ def run(
         html: a self-contained page to write too.
 
     Raises:
-        ValueError: what the readers of tables and results raise; several dimensions to choose from; nothing judged.
+        ValueError: what the readers of tables and results raise; several dimensions to choose from; nothing judged;
+            `output` or `html` is a file that is read, or both are the same.
     """
+    output = output or (table if table.is_dir() else table.parent) / "audit.json"
+    inputs = [*table_files(table), *(file for folder in scores for file in _results_files(folder))]
+    refuse_overwriting(output, inputs)
+    if html is not None:
+        refuse_overwriting(html, [*inputs, output], "--html")
     held = read_preferences(table, format, root, verify=False)
     rows = held.rows[:limit]
-    output = output or (table if table.is_dir() else table.parent) / "audit.json"
     asked = dimension or asked_about(rows, table)
     given = judgements(rows, asked)
     if not given:
@@ -79,6 +84,10 @@ def run(
     return output
 
 
+def _results_files(folder: Path) -> list[Path]:
+    return [folder / "summary.json", folder / "run.json", *(folder / "parts").glob("*")]
+
+
 def _write(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -87,8 +96,14 @@ def _write(path: Path, text: str) -> None:
 def examine(
     given: Sequence[Judgement], rewards: dict[str, dict[Key, float]], *, pictures: bool = True
 ) -> dict[str, Any]:
-    """All figures over judgements; see `mmalign.audit_figures` for each."""
+    """All figures over judgements; see `mmalign.audit_figures` for each.
+
+    Scores are held against what people said, where anybody did, and else against the rewards' own ranking; `against`
+    says which. The two are never mixed: that rewards agree with what was made of them would pass for a merit.
+    """
     by_pair = figures.units(given)
+    people = figures.by_people(given)
+    judges = people or given
     refs = list(dict.fromkeys(ref for each in given for ref in (each.a, each.b))) if pictures else []
     seen, unseen, reason = properties(refs)
     remarks = [f"{unseen['clips']} clips are not among the biases, which are of pictures."] if unseen["clips"] else []
@@ -96,15 +111,18 @@ def examine(
         remarks.append(f"{unseen['unreadable']} of {len(refs)} pictures cannot be read, the first because {reason}.")
     return {
         "judgements": len(given),
-        "pairs": len(by_pair),
+        "by_people": len(people),
+        "by_rewards": len(given) - len(people),
+        "pairs": len({each.pair for each in given}),
         "prompts": len({each.prompt for each in given}),
         "pictures": len(refs),
         "ties": figures.ties(given),
         "first": figures.position(given),
         "annotators": figures.annotators(by_pair),
-        "rewards": {name: figures.reward(given, scores) for name, scores in rewards.items()},
+        "against": "people" if people else "rewards",
+        "rewards": {name: figures.reward(judges, scores) for name, scores in rewards.items()},
         "biases": figures.biases(given, seen),
-        "prompt_length": figures.by_prompt_length(given, rewards),
+        "prompt_length": figures.by_prompt_length(judges, rewards),
         "people": figures.people(given, by_pair),
         "remarks": remarks,
     }
@@ -113,8 +131,18 @@ def examine(
 def _remarks(rows: Sequence[PreferenceRow], asked: str, given: Sequence[Judgement], found: dict[str, Any]) -> list[str]:
     """What a reader has to know before trusting the figures, a sentence each."""
     said = []
-    made = [row for row in rows if row.scores is not None and asked in row.scores]
-    if made and found["rewards"]:
+    made = [row for row in rows if of_rewards(row) and asked in row.dimensions()]
+    if found["by_people"] and found["by_rewards"]:
+        said.append(
+            f"{found['by_rewards']} of {found['judgements']} judgements are the rewards' own ranking: they count in "
+            "ties, sides and biases, not in agreement, and no score is held against them."
+        )
+        if found["rewards"] and not any(entry["n"] for entry in found["rewards"].values()):
+            said.append(
+                "The table has no scores of the pairs that people judged, since their answers took the place of those "
+                "rows; name the results folder with --scores."
+            )
+    elif made and found["rewards"]:
         said.append(
             f"{asked} of {len(made)} rows was made from scores that stand beside it; that they agree with it proves "
             "nothing. People's answers, or scores that had no part in it, do."
@@ -160,6 +188,13 @@ def _overview(found: dict[str, Any]) -> dict[str, Any]:
     return _section(title, note, ("", "share [95 %]", "n"), rows)
 
 
+def _judges(found: dict[str, Any]) -> str:
+    """Whom scores are held against, in words."""
+    if found["against"] == "rewards":
+        return "the rewards' own ranking, since no answer of a person is in the table"
+    return f"the {found['by_people']} judgements of people"
+
+
 def _rewards(found: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, entry in found["rewards"].items():
@@ -171,8 +206,9 @@ def _rewards(found: dict[str, Any]) -> dict[str, Any]:
             cells += [number(fit["temperature"], 3), interval(fit["nll"]), number(fit["brier"]["mean"], 3)]
             rows.append([*cells, number(fit["ece"], 3)])
     note = (
-        "Accuracy: share of decided judgements that the score decides alike. P(A>B) = 1 / (1 + exp(-difference / T)), "
-        "T fitted on one half of the prompts; NLL (ignorance: 0.693), Brier (0.25) and ECE on the other."
+        f"Against {_judges(found)}. Accuracy: share of decided judgements that the score decides alike. "
+        "P(A>B) = 1 / (1 + exp(-difference / T)), T fitted on one half of the prompts; NLL (ignorance: 0.693), Brier "
+        "(0.25) and ECE on the other."
     )
     headings = ("score", "accuracy [95 %]", "n", "unscored", "T", "NLL [95 %]", "Brier", "ECE")
     return _section("Do scores agree with the labels?", note, headings, rows)
@@ -209,7 +245,9 @@ def _lengths(found: dict[str, Any]) -> dict[str, Any]:
         for half in halves
     ]
     headings = ("prompts", "n", "ties [95 %]", *(f"accuracy of {name}" for name in names))
-    return _section("Does the prompt's length matter?", "", headings, rows if len(rows) > 1 else [])
+    return _section(
+        "Does the prompt's length matter?", f"Of {_judges(found)}.", headings, rows if len(rows) > 1 else []
+    )
 
 
 def _people(found: dict[str, Any]) -> dict[str, Any]:

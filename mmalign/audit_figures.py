@@ -27,13 +27,18 @@ def position(given: Sequence[Judgement]) -> dict[str, Any]:
     return share_entry([each.answer for each in kept], [each.prompt for each in kept])
 
 
+def by_people(given: Sequence[Judgement]) -> list[Judgement]:
+    """The judgements without those that are a ranking by rewards."""
+    return [each for each in given if not each.by_rewards]
+
+
 def units(given: Sequence[Judgement]) -> dict[tuple[str, MediaRef, MediaRef], Unit]:
     """Pair -> (person, answer for its first) of everybody who judged it; of one person the first answer counts.
 
-    Rows without a user are each somebody else's.
+    Rows without a user are each somebody else's. Rewards are nobody, and are left out.
     """
     found: dict[tuple[str, MediaRef, MediaRef], Unit] = {}
-    for each in given:
+    for each in by_people(given):
         unit = found.setdefault(each.pair, [])
         if each.user is None or all(user != each.user for user, _ in unit):
             unit.append((each.user, each.oriented))
@@ -48,7 +53,8 @@ def annotators(by_pair: Mapping[tuple[str, MediaRef, MediaRef], Unit]) -> dict[s
     for answers in shared.values():
         counts = np.array([answers.count(value) for value in set(answers)])
         agreed.append(float((counts * (counts - 1)).sum() / (len(answers) * (len(answers) - 1))))
-    return {"krippendorff": alpha(list(shared.values()), prompts), "agree": share_entry(agreed, prompts)}
+    krippendorff = alpha(list(shared.values()), prompts, mirrored=True)  # files' names say which is first
+    return {"krippendorff": krippendorff, "agree": share_entry(agreed, prompts)}
 
 
 def people(

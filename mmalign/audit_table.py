@@ -20,6 +20,7 @@ from mmalign.media import VIDEO_SUFFIXES, MediaError, is_video, read_image
 from mmalign.progress import track
 from mmalign.records import MediaRef
 from mmalign.results import WHOLE_SET, Results, is_ok, read_results
+from mmalign.routing import of_rewards
 from mmalign.tables import MediaRow, PreferenceRow, write_media_table
 
 PROPERTIES = {
@@ -39,6 +40,7 @@ class Judgement:
     """What one person (or rule) said of two media: `answer` is 1 for a, 0 for b, 1/2 for a tie.
 
     `sided`: whether a and b are the sides as the row has them, which a list of more media does not have.
+    `by_rewards`: whether it was rewards that said so, by their scores.
     """
 
     prompt: str
@@ -48,6 +50,7 @@ class Judgement:
     user: str | None
     weight: float
     sided: bool
+    by_rewards: bool = False
 
     @cached_property
     def pair(self) -> tuple[str, MediaRef, MediaRef]:
@@ -75,7 +78,8 @@ def judgements(rows: Iterable[PreferenceRow], dimension: str) -> list[Judgement]
         for i, j in combinations(range(len(row.media)), 2):
             answer = 0.5 if order[i] == order[j] else float(order[i] < order[j])
             pair = row.media[i], row.media[j]
-            found.append(Judgement(row.prompt, *pair, answer, row.user_id, row.weight, len(row.media) == 2))
+            sided = len(row.media) == 2
+            found.append(Judgement(row.prompt, *pair, answer, row.user_id, row.weight, sided, of_rewards(row)))
     return found
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from itertools import permutations
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from mmalign import labelling
 from mmalign.formats import Verdict
 from mmalign.jobs_prefer import PHI, Route
-from mmalign.media_table import portable, write_json_lines
-from mmalign.records import MediaRef, Record, missing_columns, read_records
+from mmalign.media_table import portable, to_json
+from mmalign.records import MediaRef, Record, Records, json_lines, missing_columns, read_records
 from mmalign.report_media import inline
 from mmalign.source import whole_file
 from mmalign.tables import PreferenceRow, read_preferences, write_preferences
@@ -38,31 +39,23 @@ def write_to_label(folder: Path, ranked: Sequence[Ranked], route: Route) -> int:
 
     The measure is `labelling.disagreement`; among equals the pair that phi separates least comes first. Pairs on which
     the rewards are of one mind are never asked about. Which picture is A is drawn by the pair's name and the seed, so
-    that neither side is the favourite's. A file in which somebody has begun to answer is not overwritten.
+    that neither side is the favourite's. Where somebody has filled in or changed a table, nothing is overwritten.
 
     Raises:
-        ValueError: to_label.jsonl or .csv holds answers, and other pairs would be asked about now.
+        ValueError: to_label.jsonl or .csv was changed since it was written, and cannot be read, or asks about other
+            pairs than would be asked about now.
     """
     home = os.path.abspath(folder)
     rows = [_question(each, i, j, d, home, route.seed) for d, each, i, j in _most_disputed(ranked, route, home)]
-    for name in ("to_label.jsonl", "to_label.csv"):
-        if _answered(folder / name):
-            asked = [record.values.get("pair") for record in read_records(folder / name)]
-            if asked != [row["pair"] for row in rows]:
-                raise ValueError(
-                    f"{folder / name} holds answers, to other pairs than would be asked about now; "
-                    "merge it with `mmalign prefer merge`, or move it away"
-                )
-            return len(rows)
+    if _in_use(folder, rows):
+        return len(rows)
     if not rows:  # nothing disputed: what an earlier config asked, and nobody answered, is not asked any more
-        for suffix in (".jsonl", ".csv", ".html"):
+        for suffix in (".csv", ".jsonl", ".html"):
             (folder / f"to_label{suffix}").unlink(missing_ok=True)
         return 0
-    write_json_lines(folder / "to_label.jsonl", rows)
-    with whole_file(folder / "to_label.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([[_cell(row[name]) for name in COLUMNS] for row in rows])
+    for name, rendered in _TABLES.items():
+        with whole_file(folder / name) as temporary:
+            temporary.write_bytes(rendered(rows))
     with whole_file(folder / "to_label.html") as temporary:
         temporary.write_text(_page(rows, home, route.side), encoding="utf-8")
     return len(rows)
@@ -112,8 +105,54 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict) else value
 
 
-def _answered(path: Path) -> bool:
-    return path.is_file() and any(str(r.values.get("answer") or "").strip() for r in read_records(path))
+def _as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([[_cell(row[name]) for name in COLUMNS] for row in rows])
+    return text.getvalue().encode()
+
+
+def _as_jsonl(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(to_json(row, str(row["pair"])) + "\n" for row in rows).encode()
+
+
+# The CSV is written first: an untouched one is told by the JSONL beside it, which so is never the newer of the two.
+_TABLES = {"to_label.csv": _as_csv, "to_label.jsonl": _as_jsonl}
+
+
+def _in_use(folder: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a table of questions is not, byte for byte, what this or an earlier run wrote; ValueError as above.
+
+    Looking for answers instead would miss those in a file that a spreadsheet saved in a form of its own.
+    """
+    before = _as_written(folder / "to_label.jsonl")
+    changed = False
+    for name, rendered in _TABLES.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() in (rendered(rows), rendered(before)):
+            continue
+        changed = True
+        try:
+            asked = {record.values.get("pair") for record in _answer_records(path)}
+        except ValueError as error:
+            raise ValueError(f"{path} was changed by hand and cannot be read; repair or move it: {error}") from None
+        if asked - {None, ""} != {row["pair"] for row in rows}:
+            raise ValueError(
+                f"{path} was filled in or changed, and asks about other pairs than would be asked about now; "
+                "merge it with `mmalign prefer merge`, or move it away"
+            )
+    return changed
+
+
+def _as_written(path: Path) -> list[dict[str, Any]]:
+    """The questions of an earlier to_label.jsonl without their answers; none where it is not one of ours."""
+    try:
+        lines = [values for _, values in json_lines(path)] if path.is_file() else []
+    except ValueError:
+        return []
+    ours = all(tuple(values) == COLUMNS for values in lines)
+    return [{**values, "answer": "", "user_id": ""} for values in lines] if ours else []
 
 
 def _page(rows: Sequence[Mapping[str, Any]], home: str, side: int) -> str:
@@ -142,7 +181,7 @@ def _ref(value: Any, home: str) -> MediaRef:
 
 @dataclass(frozen=True)
 class Merged:
-    """What became of the answers: how many there are, and how many rows were replaced and added."""
+    """What became of the answers: how many are new, and how many rows were replaced and added."""
 
     answers: int
     people: int
@@ -167,24 +206,27 @@ def merge(
     """Write the table with people's answers in it.
 
     An answer becomes a `label` row with its `user_id` and the source "human". It takes the place of the rewards' row of
-    those two media (a row with `scores`), where there is one; rows that people labelled before, rankings of more media,
-    and other people's answers stay beside it. Its dimension is that of the rows around it, so that training reads both.
+    those two media (`of_rewards`), where there is one; rows that people labelled or rated before, rankings of more
+    media, and other people's answers stay beside it. An answer that the table holds already, by the same person or
+    nameless both times, is repeated. Its dimension is that of the rows around it, so that training reads both.
 
     Args:
         table: the preference table. to_label.jsonl beside it says which pairs were asked about; pairs of the table's
             own rows are known without.
-        answers: JSONL or CSV with `pair`, `answer` (A, B, same; empty is none) and perhaps `user_id`.
-        output: the table to write, .jsonl.
+        answers: JSONL or CSV with `pair`, `answer` (A, B, same; empty is none) and perhaps `user_id`. A CSV may be
+            parted by semicolons or tabs, and name its columns in capitals.
+        output: the table to write, .jsonl; none of the files that are read.
         user: `user_id` of answers that have none.
         dimension: what was asked; None: phi where the table has it, else its only dimension.
 
     Raises:
         ValueError: another answer than these, two different ones of one person to one pair, only unknown pairs, no
-            answer at all, or several dimensions to choose from.
+            answer at all, several dimensions to choose from, or an output that is read.
     """
+    home = os.path.abspath(table if table.is_dir() else table.parent)
+    refuse_overwriting(output, [*table_files(table), *answers, Path(home) / "to_label.jsonl"])
     rows = read_preferences(table, verify=False).rows
     asked = dimension or asked_about(rows, table)
-    home = os.path.abspath(table if table.is_dir() else table.parent)
     given, blank, repeated = _given(answers, user)
     pairs = _known_pairs(rows, home, {name for name, _ in given})
     unknown = tuple(dict.fromkeys(name for name, _ in given if name not in pairs))
@@ -192,36 +234,67 @@ def merge(
     if not known:
         said = f"{len(given)} answers are to pairs that {table} does not have" if given else "nothing is answered"
         raise ValueError(f"{', '.join(map(str, answers))}: {said}; check that files and table belong together")
-    theirs: dict[frozenset[MediaRef], list[PreferenceRow]] = {}
+    held = {_said(row, asked) for row in rows if row.user_id is not None or row.source == HUMAN}
+    theirs: dict[_Pair, list[PreferenceRow]] = {}
+    new: list[PreferenceRow] = []
     for (name, who), verdict in known.items():
         prompt, a, b = pairs[name]
         row = PreferenceRow(prompt, (a, b), label={asked: verdict}, user_id=who, source=HUMAN)
-        theirs.setdefault(frozenset((a, b)), []).append(row)
-    merged, replaced = _replace(rows, theirs)
-    added = sum(len(each) for each in theirs.values())
-    write_preferences(output, [*merged, *(row for each in theirs.values() for row in each)])
-    people = len({who for _, who in known})
-    return Merged(len(known), people, replaced, added, blank, repeated, unknown)
+        answered = theirs.setdefault((prompt, frozenset((a, b))), [])  # also where the table has all of it
+        if _said(row, asked) not in held:
+            held.add(_said(row, asked))
+            answered.append(row)
+            new.append(row)
+    merged, replaced, added = _replace(rows, theirs)
+    write_preferences(output, merged)
+    people = len({row.user_id for row in new})
+    return Merged(len(new), people, replaced, added, blank, repeated + len(known) - len(new), unknown)
+
+
+_Pair = tuple[str, frozenset[MediaRef]]
 
 
 def _replace(
-    rows: Sequence[PreferenceRow], theirs: dict[frozenset[MediaRef], list[PreferenceRow]]
-) -> tuple[list[PreferenceRow], int]:
-    """Rows with the rewards' pairs replaced by people's; what was used is taken out of `theirs`."""
+    rows: Sequence[PreferenceRow], theirs: Mapping[_Pair, list[PreferenceRow]]
+) -> tuple[list[PreferenceRow], int, int]:
+    """Rows with the rewards' rows of answered pairs replaced by people's, which else come last; replaced and added."""
+    left = dict(theirs)
     merged: list[PreferenceRow] = []
     replaced = 0
-    done: set[tuple[str, frozenset[MediaRef]]] = set()
     for row in rows:
-        key = frozenset(row.media)
-        mine = [each for each in theirs.get(key, ()) if each.prompt == row.prompt]
-        if row.scores is None or len(row.media) != 2 or not (mine or (row.prompt, key) in done):
+        pair = row.prompt, frozenset(row.media)
+        if of_rewards(row) and len(row.media) == 2 and pair in theirs:
+            replaced += 1
+            merged += left.pop(pair, [])
+        else:
             merged.append(row)
-            continue
-        replaced += 1
-        done.add((row.prompt, key))
-        merged += [replace(each) for each in mine]
-        theirs[key] = [each for each in theirs.get(key, ()) if each.prompt != row.prompt]
-    return merged, replaced
+    added = [row for each in left.values() for row in each]
+    return [*merged, *added], replaced, len(added)
+
+
+def _said(row: PreferenceRow, asked: str) -> tuple[Any, ...] | None:
+    """Who preferred which of two media, however they stand; None for a row without such a label."""
+    verdict = (row.label or {}).get(asked)
+    if verdict is None:
+        return None
+    preferred = {"A": row.media[0], "B": row.media[1], "same": None}[verdict]
+    return row.prompt, frozenset(row.media), preferred, row.user_id
+
+
+def of_rewards(row: PreferenceRow) -> bool:
+    """Whether a row is a ranking by rewards: it has scores, and nobody's name; people's ratings have a `user_id`."""
+    return row.scores is not None and row.user_id is None
+
+
+def table_files(table: Path) -> list[Path]:
+    """The files that a preference table is read from: itself, or those of its folder."""
+    return [*table.glob("*.parquet"), table / "metadata.jsonl"] if table.is_dir() else [table]
+
+
+def refuse_overwriting(output: Path, inputs: Iterable[Path], option: str = "-o") -> None:
+    """ValueError where `output` is, links resolved, one of the files that are read; `option` is what names it."""
+    if output.resolve() in {path.resolve() for path in inputs}:
+        raise ValueError(f"{output} is read, and would be overwritten; name another file with {option}")
 
 
 def asked_about(rows: Sequence[PreferenceRow], table: Path) -> str:
@@ -255,7 +328,7 @@ def _given(paths: Sequence[Path], user: str | None) -> tuple[dict[tuple[str, str
     where: dict[tuple[str, str | None], str] = {}
     blank = repeated = 0
     for path in paths:
-        records = read_records(path)
+        records = _answer_records(path)
         absent = [name for name in ("pair", "answer") if name not in records.columns]
         if absent:
             raise ValueError(missing_columns(path, absent, records.columns, "a file of answers"))
@@ -277,6 +350,38 @@ def _given(paths: Sequence[Path], user: str | None) -> tuple[dict[tuple[str, str
     return given, blank, repeated
 
 
+def _answer_records(path: Path) -> Records:
+    return _spreadsheet(path) if path.suffix.lower() in (".csv", ".tsv") and path.is_file() else read_records(path)
+
+
+def _spreadsheet(path: Path) -> Records:
+    """A CSV as spreadsheets save it: parted by what parts its header, names in small letters, empty cells at the end.
+
+    ValueError where it is no text, broken, without rows, or says two things of one name.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a whole CSV ({error}); save it as CSV again") from None
+    header = [name.strip().lower() for name in lines[0][1]] if lines else []
+    named = {name: place for place, name in enumerate(header) if name}
+    if len(named) < len(list(filter(None, header))) or len(lines) < 2:
+        raise ValueError(f"{path} has two columns of one name, or no rows below its names; correct it")
+    rows = []
+    for number, cells in lines[1:]:
+        where = f"{path.name} line {number}"
+        if any(cell.strip() for cell in cells[len(header) :]):
+            raise ValueError(f"{where}: {len(cells)} cells under {len(header)} names; quote cells with a separator")
+        values: dict[str, Any] = {name: cells[place] if place < len(cells) else "" for name, place in named.items()}
+        rows.append(Record(values, where, path, number, path.parent))
+    return Records(path, tuple(named), rows)
+
+
 def _verdict(record: Record) -> Verdict | None:
     value = record.values.get("answer")
     text = "" if value is None else str(value).strip()
@@ -287,4 +392,7 @@ def _verdict(record: Record) -> Verdict | None:
     return _ANSWERS[text.lower()]
 
 
-__all__ = ["HUMAN", "Merged", "asked_about", "merge", "pair_name", "write_to_label"]
+__all__ = [
+    "HUMAN", "Merged", "asked_about", "merge", "of_rewards", "pair_name", "refuse_overwriting", "table_files",
+    "write_to_label",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -11,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prefer_kit import config, table
+from prefer_kit import answer, config, questions, table
 from scipy.optimize import minimize_scalar
 
-from mmalign import agreement, audit, cli, prefer
+from mmalign import agreement, audit, cli, prefer, routing
 from mmalign import audit_figures as figures
 from mmalign.audit_table import Judgement, judgements, look
 from mmalign.jobs import EvaluatorSpec
@@ -29,8 +30,8 @@ RNG = np.random.default_rng(11)
 pytestmark = pytest.mark.usefixtures("colour_evaluators")
 
 
-def judged(prompt: str, a: str, b: str, answer: float, user: str | None = None) -> Judgement:
-    return Judgement(prompt, MediaRef(f"/{a}"), MediaRef(f"/{b}"), answer, user, 1.0, True)
+def judged(prompt: str, a: str, b: str, answer: float, user: str | None = None, **more: bool) -> Judgement:
+    return Judgement(prompt, MediaRef(f"/{a}"), MediaRef(f"/{b}"), answer, user, 1.0, True, **more)
 
 
 # ------------------------------------------------------------------------------------------------ agreement
@@ -63,6 +64,61 @@ def test_alpha_at_its_ends() -> None:
     assert agreement.alpha([[1, 1], [0, 0, 0]], "ab")["alpha"] == 1
     for units in ([], [[1.0]], [[1, 1], [1, 1]]):
         assert agreement.alpha(units, list(range(len(units))))["alpha"] is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mirrored_alpha_is_its_definition_over_both_ways_round(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    units = [list(rng.choice([1, 0.5, 0], size=rng.integers(1, 6), p=[0.7, 0.1, 0.2])) for _ in range(30)]
+    prompts = [str(n % 12) for n in range(30)]
+    found = agreement.alpha(units, prompts, mirrored=True)
+    both = [*units, *([1 - answer for answer in unit] for unit in units)]
+    assert found["alpha"] == pytest.approx(pairwise_alpha(both))
+    assert found["low"] < found["alpha"] < found["high"] and found["n"] == sum(len(unit) > 1 for unit in units)
+    turned = [[1 - answer for answer in unit] if rng.random() < 0.5 else unit for unit in units]
+    assert rounded(agreement.alpha(turned, prompts, mirrored=True)) == rounded(found)
+    assert agreement.alpha([[1, 1], [1, 1]], "ab", mirrored=True)["alpha"] == 1
+    assert agreement.alpha([[0.5, 0.5]] * 2, "ab", mirrored=True)["alpha"] is None
+
+
+def test_alpha_does_not_depend_on_the_names_of_files() -> None:
+    """Two models, one of them mostly preferred, by two people who mostly agree: in folders, and under hashed names."""
+    rng = np.random.default_rng(3)
+    said = [(float(rng.random() < 0.9), float(rng.random() < 0.9)) for _ in range(200)]
+    found = []
+    for hashed in (False, True):
+        names = [[f"{folder}/{n}.png" for folder in ("aligned", "base")] for n in range(len(said))]
+        if hashed:
+            names = [[hashlib.sha256(name.encode()).hexdigest() for name in pair] for pair in names]
+        given = [
+            judged(f"p{n}", *pair, answer, user)
+            for n, (pair, both) in enumerate(zip(names, said, strict=True))
+            for user, answer in zip(("anna", "ben"), both, strict=True)
+        ]
+        found.append(figures.annotators(figures.units(given)))
+    assert rounded(found[0]) == rounded(found[1])
+    agree = np.mean([a == b for a, b in said])  # of mirrored pairs without ties, A and B are as frequent: 1/2 by chance
+    by_chance = 2 * len(said) / (4 * len(said) - 1)
+    assert found[0]["krippendorff"]["alpha"] == pytest.approx(1 - (1 - agree) / by_chance)
+
+
+def test_rewards_are_nobody() -> None:
+    """A ranking by rewards is no annotator, and scores are held against people, where there are any."""
+    rewards = [judged(f"p{n}", "x", "y", 1, by_rewards=True) for n in range(4)]
+    given = [*rewards, judged("p0", "x", "y", 0, "anna"), judged("p1", "y", "x", 1), judged("p2", "x", "y", 1)]
+    by_pair = figures.units(given)
+    assert [len(unit) for unit in by_pair.values()] == [1, 1, 1]
+    assert figures.annotators(by_pair)["krippendorff"]["n"] == 0
+    assert figures.people(given, by_pair)["anna"]["with_majority"]["n"] == 0
+    scores = {(f"p{n}", MediaRef(f"/{name}")): value for n in range(4) for name, value in (("x", 2.0), ("y", 1.0))}
+    found = audit.examine(given, {"r": scores}, pictures=False)
+    assert (found["against"], found["by_people"], found["by_rewards"], found["pairs"]) == ("people", 3, 4, 4)
+    assert found["rewards"]["r"]["n"] == 3 and found["rewards"]["r"]["accuracy"]["share"] == pytest.approx(1 / 3)
+    assert sum(half["accuracy"]["r"]["n"] for half in found["prompt_length"]) == 3
+    alone = audit.examine(rewards, {"r": scores}, pictures=False)
+    assert alone["against"] == "rewards" and alone["rewards"]["r"]["accuracy"] == {
+        "share": 1, "low": pytest.approx(alone["rewards"]["r"]["accuracy"]["low"]), "high": 1, "n": 4
+    }  # fmt: skip
 
 
 def test_who_judged_and_how() -> None:
@@ -212,11 +268,14 @@ def test_judgements_of_lists_and_labels() -> None:
         PreferenceRow("p", refs, rank=(1, 2, 2), user_id="anna"),
         PreferenceRow("q", refs[:2], label={"quality": "B", "overall": "same"}),
         PreferenceRow("r", refs[:2], label={"quality": "A"}),
+        PreferenceRow("s", refs[:2], scores={"overall": (1.0, 2.0)}),
+        PreferenceRow("s", refs[:2], scores={"overall": (1.0, 2.0)}, user_id="anna"),
     ]
     found = judgements(rows, "overall")
     assert [(each.prompt, each.answer, each.sided) for each in found] == [
-        ("p", 1, False), ("p", 1, False), ("p", 0.5, False), ("q", 0.5, True)
+        ("p", 1, False), ("p", 1, False), ("p", 0.5, False), ("q", 0.5, True), ("s", 0, True), ("s", 0, True)
     ]  # fmt: skip
+    assert [each.by_rewards for each in found] == [False] * 4 + [True, False], "a person's ratings have a user_id"
 
 
 # ------------------------------------------------------------------------------------------------ the verb
@@ -305,6 +364,60 @@ def test_a_table_of_the_label_factory(tmp_path: Path) -> None:
         other = table(tmp_path, {"else": [(1, 2, 3), (3, 2, 1)]}, "other.jsonl")
         prefer.run(config(tmp_path / "other", other))
         audit.run(preferences, scores=[tmp_path / "other/scores"])
+
+
+def test_a_merged_table_is_audited_against_people(tmp_path: Path, capsys: Any) -> None:
+    """The rewards' ranking stays beside the answer of one person, who thereby agrees with nobody."""
+    colours = {f"p{n}": [(200 - n, 10, 9), (100 - n, 110, 9), (20, 200, 9)] for n in range(6)}
+    preferences = prefer.run(config(tmp_path / "out", table(tmp_path, colours), route={"count": 6}))
+    lines = [{"pair": row["pair"], "answer": "A", "user_id": "anna"} for row in questions(tmp_path / "out")]
+    merged = tmp_path / "out/merged.jsonl"
+    routing.merge(preferences, [answer(tmp_path, *lines)], merged)
+    capsys.readouterr()
+    found = json.loads(audit.run(merged, pictures=False).read_text())
+    assert found["annotators"]["agree"]["n"] == 0 and any("two people" in remark for remark in found["remarks"])
+    assert found["against"] == "people" and {entry["n"] for entry in found["rewards"].values()} == {len(lines)}
+    assert any("18 of 24 judgements are the rewards' own ranking" in remark for remark in found["remarks"])
+    assert not any("proves nothing" in remark for remark in found["remarks"])
+    assert "Against the 6 judgements of people." in capsys.readouterr().out
+    audit.run(preferences, pictures=False)
+    assert "Against the rewards' own ranking, since no answer of a person" in capsys.readouterr().out
+
+
+def test_pairs_whose_scores_went_with_the_rewards_row(tmp_path: Path) -> None:
+    """Answers take the place of pairs, scores and all; the results folder still has them, and the audit says so."""
+    colours = {f"p{n}": [(200 - n, 10, 9), (20, 200, 5)] for n in range(6)}
+    job = config(tmp_path / "out", table(tmp_path, colours), label={"kind": "pairs"}, route={"count": 3})
+    preferences = prefer.run(job)
+    lines = [{"pair": row["pair"], "answer": "A", "user_id": "anna"} for row in questions(tmp_path / "out")]
+    routing.merge(preferences, [answer(tmp_path, *lines)], tmp_path / "m.jsonl")
+    found = json.loads(audit.run(tmp_path / "m.jsonl", pictures=False).read_text())
+    assert {entry["n"] for entry in found["rewards"].values()} == {0}
+    assert any("name the results folder with --scores" in remark for remark in found["remarks"])
+    again = audit.run(tmp_path / "m.jsonl", pictures=False, scores=[tmp_path / "out/scores"])
+    found = json.loads(again.read_text())
+    assert found["rewards"]["colours/red"]["n"] == 3
+    assert not any("--scores" in remark for remark in found["remarks"])
+
+
+def test_nothing_that_is_read_is_overwritten(labelled: Path, tmp_path: Path) -> None:
+    before = labelled.read_bytes()
+    (tmp_path / "link.json").symlink_to(labelled)
+    for options, said in (
+        ({"html": labelled}, "labels.jsonl is read, and would be overwritten; name another file with --html"),
+        ({"output": tmp_path / "x/../labels.jsonl"}, "name another file with -o"),
+        ({"output": tmp_path / "link.json"}, "name another file with -o"),
+        ({"output": tmp_path / "a.json", "html": tmp_path / "a.json"}, "name another file with --html"),
+        ({"scores": [tmp_path / "s"], "output": tmp_path / "s/summary.json"}, "name another file with -o"),
+    ):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=said):
+            audit.run(labelled, pictures=False, **options)
+    assert labelled.read_bytes() == before and not (tmp_path / "a.json").exists()
+    labelled.rename(tmp_path / "audit.jsonl")
+    (tmp_path / "audit.json").write_text(json.dumps([{"prompt": "p", "path1": "a.png", "path2": "b.png"}]))
+    with pytest.raises(ValueError, match=r"audit\.json is read"):
+        audit.run(tmp_path / "audit.json")
 
 
 def test_a_table_that_writes_the_winner_first_and_missing_pictures(tmp_path: Path, capsys: Any) -> None:

@@ -112,8 +112,64 @@ def test_a_filled_in_csv_and_a_ranking(tmp_path: Path, source: Path) -> None:
     prefer.run(config(tmp_path / "out", source, route={"count": 5}))
     assert file.read_text() == with_answers, "what people wrote is not overwritten"
     changed = config(tmp_path / "out", source, route={"count": 5, "per_prompt": 3})
-    with pytest.raises(ValueError, match="holds answers, to other pairs"):
+    with pytest.raises(ValueError, match="filled in or changed, and asks about other pairs"):
         prefer.run(changed, replace_labels=True)
+
+
+@pytest.mark.parametrize("header", ["answer", " Answer"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_as_spreadsheets_save_it(tmp_path: Path, source: Path, separator: str, header: str) -> None:
+    """With the separator of the locale, a byte order mark, CRLF and a header by hand: kept, and read."""
+    job = config(tmp_path / "out", source, route={"count": 5, "per_prompt": 2})
+    preferences = prefer.run(job)
+    file = tmp_path / "out/to_label.csv"
+    with open(file, newline="") as opened:
+        names, *lines = csv.reader(opened)
+    lines[0][5:] = ["b", "007"]
+    with open(file, "w", encoding="utf-8-sig", newline="") as opened:
+        writer = csv.writer(opened, delimiter=separator)
+        writer.writerow([*names[:5], header, "User_ID", ""])
+        writer.writerows([lines[0], [*lines[1], ""]])
+        writer.writerow([""] * 8)
+    filled_in, page = file.read_bytes(), (tmp_path / "out/to_label.html").read_bytes()
+    prefer.run(job)
+    assert file.read_bytes() == filled_in and (tmp_path / "out/to_label.html").read_bytes() == page
+    merged = routing.merge(preferences, [file], tmp_path / "out/merged.jsonl")
+    assert (merged.answers, merged.blank, merged.unknown) == (1, 1, ())
+    assert [(row.user_id, row.label) for row in rows_of(tmp_path / "out/merged.jsonl")[3:]] == [("007", {"phi": "B"})]
+
+
+def test_a_file_that_somebody_changed_is_not_overwritten(tmp_path: Path, source: Path) -> None:
+    """Whatever is in it; and where it cannot be told what it asks, the run stops. Untouched files make way."""
+    few, many = ({"count": 5, "per_prompt": count} for count in (1, 3))
+    out = tmp_path / "out"
+    prefer.run(config(out, source, route=few))
+    prefer.run(config(out, source, route=many), replace_labels=True)
+    file = out / "to_label.csv"
+    asked, written = questions(out), file.read_text()
+    assert len(asked) == 3 and len(written.splitlines()) == 4, "nobody had touched the one question"
+    noted = written.replace(",,", ",,left is sharper")
+    file.write_text(noted)
+    prefer.run(config(out, source, route=many))
+    assert file.read_text() == noted
+    for text, said in (
+        (written.replace(",,", ",Bild schöner,"), "is not UTF-8 text"),
+        (written.replace(",,", ',"A,', 1), "is not a whole CSV"),
+        (written.replace(",,", ",,A,B", 1), "line 2: 8 cells under 7 names"),
+        (written.replace("prompt,", "pair,", 1), "two columns of one name"),
+    ):
+        file.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=said):
+            prefer.run(config(out, source, route=many))
+        with pytest.raises(ValueError, match=said):
+            routing.merge(out / "preferences.jsonl", [file], out / "m.jsonl")
+        assert file.read_bytes() == text.encode("latin-1")
+    file.write_text(written)
+    answered = "".join(json.dumps({**row, "answer": "A"}) + "\n" for row in asked)
+    (out / "to_label.jsonl").write_text(answered)
+    with pytest.raises(ValueError, match=r"to_label\.jsonl was filled in or changed, and asks about other pairs"):
+        prefer.run(config(out, source, route=few), replace_labels=True)
+    assert (out / "to_label.jsonl").read_text() == answered and file.read_text() == written
 
 
 def test_pairs_that_a_filter_dropped_can_be_answered(tmp_path: Path, source: Path) -> None:
@@ -161,3 +217,69 @@ def test_people_stay_beside_people(tmp_path: Path) -> None:
     write_preferences(tmp_path / "t.jsonl", [PreferenceRow("p", refs, label={"quality": "A", "motion": "B"})])
     with pytest.raises(ValueError, match="judges motion, quality; say with --dimension"):
         routing.merge(tmp_path / "t.jsonl", [answers], tmp_path / "m.jsonl")
+
+
+def two_pictures(folder: Path) -> tuple[MediaRef, MediaRef]:
+    refs = MediaRef(str(folder / "a.png")), MediaRef(str(folder / "b.png"))
+    for ref in refs:
+        write_image(ref.file, np.zeros((4, 4, 3), np.uint8))
+    return refs
+
+
+def test_peoples_ratings_do_not_give_way(tmp_path: Path) -> None:
+    """Rows with scores that carry a name are a person's; only the nameless ranking is replaced."""
+    refs = two_pictures(tmp_path)
+    rating = PreferenceRow("p", refs, scores={"phi": (4.0, 2.0)}, user_id="anna")
+    ranking = PreferenceRow("p", refs, scores={"phi": (1.0, 0.0)}, source="prefer")
+    write_preferences(tmp_path / "t.jsonl", [rating, ranking])
+    answers = answer(tmp_path, {"pair": routing.pair_name("p", *refs, str(tmp_path)), "answer": "B"})
+    merged = routing.merge(tmp_path / "t.jsonl", [answers], tmp_path / "m.jsonl", user="ben")
+    assert (merged.replaced, merged.added) == (1, 0)
+    found = rows_of(tmp_path / "m.jsonl")
+    assert found[0] == rating and found[1:] == [
+        PreferenceRow("p", refs, label={"phi": "B"}, user_id="ben", source="human")
+    ]
+
+
+@pytest.mark.parametrize("user", [None, "ben"])
+def test_answers_that_are_there_already_are_not_added(tmp_path: Path, user: str | None) -> None:
+    """Not even turned round, and beside a ranking that comes again; another answer or person is new."""
+    refs = two_pictures(tmp_path)
+    ranking = PreferenceRow("p", refs, scores={"phi": (1.0, 0.0)}, source="prefer")
+    write_preferences(tmp_path / "t.jsonl", [ranking])
+    name = routing.pair_name("p", *refs, str(tmp_path))
+    answers = answer(tmp_path, {"pair": name, "answer": "B"})
+    routing.merge(tmp_path / "t.jsonl", [answers], tmp_path / "m.jsonl", user=user)
+    once = rows_of(tmp_path / "m.jsonl")
+    turned = answer(
+        tmp_path, {"pair": routing.pair_name("p", *refs[::-1], str(tmp_path)), "answer": "A"}, name="t2.jsonl"
+    )
+    for again in (answers, turned):
+        merged = routing.merge(tmp_path / "m.jsonl", [again], tmp_path / "m2.jsonl", user=user)
+        assert (merged.answers, merged.replaced, merged.added, merged.repeated) == (0, 0, 0, 1)
+        assert rows_of(tmp_path / "m2.jsonl") == once
+    merged = routing.merge(tmp_path / "t.jsonl", [answers, turned], tmp_path / "m2.jsonl", user=user)
+    assert merged.repeated == 1 and rows_of(tmp_path / "m2.jsonl") == once
+    write_preferences(tmp_path / "both.jsonl", [ranking, *once])
+    merged = routing.merge(tmp_path / "both.jsonl", [answers], tmp_path / "m2.jsonl", user=user)
+    assert (merged.replaced, merged.repeated) == (1, 1) and rows_of(tmp_path / "m2.jsonl") == once
+    merged = routing.merge(tmp_path / "m.jsonl", [answers], tmp_path / "m2.jsonl", user="carl")
+    assert (merged.answers, merged.people, merged.added, merged.repeated) == (1, 1, 1, 0)
+
+
+def test_a_nameless_label_of_the_table_is_somebody_elses(tmp_path: Path) -> None:
+    """Nothing says that who labelled a public table is who answers now; only merged answers are known again."""
+    refs = two_pictures(tmp_path)
+    write_preferences(tmp_path / "t.jsonl", [PreferenceRow("p", refs, label={"phi": "B"}, source="pickapic")])
+    answers = answer(tmp_path, {"pair": routing.pair_name("p", *refs, str(tmp_path)), "answer": "B"})
+    assert routing.merge(tmp_path / "t.jsonl", [answers], tmp_path / "m.jsonl").added == 1
+
+
+def test_merge_does_not_overwrite_what_it_reads(routed: Path) -> None:
+    answers = answer(routed, {**questions(routed)[0], "answer": "A"})
+    table_file, asked = routed / "preferences.jsonl", routed / "to_label.jsonl"
+    before = {path: path.read_bytes() for path in (answers, table_file, asked)}
+    for path in before:
+        with pytest.raises(ValueError, match=f"{path.name} is read, and would be overwritten; name another file"):
+            routing.merge(table_file, [answers], routed / "scores" / ".." / path.name)
+    assert {path: path.read_bytes() for path in before} == before
