@@ -63,6 +63,7 @@ CONDITIONS = ("clean", "flipped", "multi")
 TASTES = ("bold", "tidy", "vivid")  # who votes in `multi`; the first judges in the other two, and at the end
 FLIPS = 0.2
 PICTURES = 32  # of a step, whatever the method takes: 16 pairs, 8 lists of four, 32 singles
+TOLD_FLIPS = ("conservative_dpo", "robust_dpo")
 ONLY_ONE = {"flow_dpo": "flow", "flow_dpo_late": "flow"}
 VARIANTS = {"flow_dpo_late": ("flow_dpo", ["loss.beta_schedule=(1-t)^2"])}  # of a config, with what is set on top
 
@@ -169,7 +170,7 @@ def tables(home: Path, rows: list[dict[str, Any]], condition: str, seed: int) ->
 def trained(home: Path, cell: dict[str, Any], written: dict[str, Path]) -> dict[str, Any]:
     """Trains one method; seconds, and where its LoRA is."""
     model, method = str(cell["model"]), str(cell["method"])
-    file, changes = recipe(method)
+    file, changes = recipe(method, str(cell["condition"]))
     items = getattr(load(TrainConfig, file).loss, "items", "pairs")
     table = written["pairs" if items == "pairs" and method != "jpo" else "lists"]
     size = {"pairs": PICTURES // 2, "lists": PICTURES // 4, "singles": PICTURES}[items]
@@ -235,7 +236,7 @@ def queue(settings: argparse.Namespace, chosen: Sequence[str]) -> Iterator[dict[
             for condition in settings.condition or CONDITIONS:
                 for method in chosen:
                     if ONLY_ONE.get(method, model) == model:
-                        loss = load(TrainConfig, *recipe(method)).loss.model_dump(mode="json")
+                        loss = load(TrainConfig, *recipe(method, condition)).loss.model_dump(mode="json")
                         yield {
                             "model": model, "condition": condition, "method": method, "seed": seed,
                             "lr": settings.lr, "steps": settings.steps, "captions": settings.captions,
@@ -243,10 +244,11 @@ def queue(settings: argparse.Namespace, chosen: Sequence[str]) -> Iterator[dict[
                         }  # fmt: skip
 
 
-def recipe(method: str) -> tuple[Path, list[str]]:
-    """The config of a method, and what its variant sets on top."""
+def recipe(method: str, condition: str) -> tuple[Path, list[str]]:
+    """The config of a method, and what its variant sets on top; who asks for the flip rate is told it."""
     config, changes = VARIANTS.get(method, (method, []))
-    return find("configs/train/methods") / f"{config}.yaml", changes
+    told = [f"loss.flip_rate={FLIPS}"] if condition == "flipped" and method in TOLD_FLIPS else []
+    return find("configs/train/methods") / f"{config}.yaml", [*changes, *told]
 
 
 @contextmanager
