@@ -107,7 +107,8 @@ def prepare(
             module.reference = task.frozen  # shared like the policy; nothing of it is trained or saved
         made.state.fsdp_plugin.transformer_cls_names_to_wrap = _blocks(task.adapter.denoiser)
     elif made.num_processes > 1:
-        lagged = [name for name, _ in module.named_buffers() if name.startswith("trained.lagged.")]
+        large = ("trained.lagged.", "trained.watch._weights.")
+        lagged = [name for name, _ in module.named_buffers() if name.startswith(large)]
         # Alike in all processes by themselves, and as large as the model.
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, lagged)
     wrapped, prepared = made.prepare(module, optimizer)

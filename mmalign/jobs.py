@@ -239,6 +239,11 @@ class TrainConfig(Strict):
             raise ValueError("online.offline_share mixes rows of data.table in; give the table")
         if self.data.shapes is not None:
             raise ValueError("online rounds draw their own pictures; drop data.shapes")
+        if self.model.lora:
+            raise ValueError(
+                "online rounds draw with the LoRA of the round before alone, so the model must bring none; drop "
+                "model.lora and give it as lora.init, or export a whole pipeline first"
+            )
         if self.reference.other:
             raise ValueError("online rounds set the reference themselves; drop reference.model and reference.lora")
 
@@ -246,6 +251,8 @@ class TrainConfig(Strict):
         denoising, shared = self.task in ("preference", "sft"), self.sharding != "none"
         if (shared or self.optim.compile) and not denoising:
             raise ValueError(f"sharding and optim.compile are for denoisers, not for task {self.task}; drop them")
+        if self.ema and self.guards.early_stopping:
+            raise ValueError("guards.early_stopping exports the weights that scored best, ema their average; drop one")
         if shared and self.guards.early_stopping:
             raise ValueError(
                 "sharding: fsdp2 shares the weights out, and guards.early_stopping draws with them; drop one"

@@ -40,6 +40,7 @@ class Preference(Objective):
     family: ClassVar[str] = "pairwise"
     tracked: ClassVar[dict[str, str]] = {}  # argument -> metric whose moving average it is
     scales_margins: ClassVar[bool] = False  # whether beta is a factor of margins and nothing else
+    looks_around: ClassVar[bool] = False  # whether the loss of a picture depends on the others of its micro-batch
     own_logit: ClassVar[bool] = True  # whether what a pair's loss looks at is another number than r_w - r_l
     reduction: Literal["mean", "sum"] = Field(
         "mean", description="how a sample's squared error is reduced; beta is not portable between the two"
@@ -249,6 +250,7 @@ class DiffusionKTO(WithBeta):
     """Diffusion-KTO: likes and dislikes of single pictures, through a utility (2404.04465)."""
 
     function: ClassVar[str] = "mmalign.losses.unpaired:diffusion_kto"
+    looks_around: ClassVar[bool] = True
     items: ClassVar[Literal["pairs", "lists", "singles"]] = "singles"
     needs: ClassVar[tuple[str, ...]] = ("desirable", "weight")
     family: ClassVar[str] = "unpaired"

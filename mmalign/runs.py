@@ -49,6 +49,15 @@ def items_per_step(config: TrainConfig, accelerator: Any) -> int:
     return config.optim.batch_size * config.optim.accumulate * processes
 
 
+def together(config: TrainConfig, accelerator: Any) -> int | None:
+    """How many items are computed at a time over all processes, where that decides the result; else None.
+
+    It does where buckets are filled, and where a loss looks at its neighbours.
+    """
+    matters = config.data.buckets != "off" or getattr(config.loss, "looks_around", False)
+    return config.optim.batch_size * accelerator.num_processes if matters else None
+
+
 def prepare_folder(config: TrainConfig, resume: bool, accelerator: Any) -> None:
     """Makes the run folder and writes the resolved config.
 
@@ -62,14 +71,15 @@ def prepare_folder(config: TrainConfig, resume: bool, accelerator: Any) -> None:
             "or choose another folder with --set output=..."
         )
     if last:
-        _check_unchanged(config, checkpoints.read(last)[1], items_per_step(config, accelerator))
+        state = checkpoints.read(last)[1]
+        _check_unchanged(config, state, items_per_step(config, accelerator), together(config, accelerator))
     accelerator.wait_for_everyone()  # nobody may read what another has begun to write
     if accelerator.is_main_process:
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.yaml").write_text(dump(config))
 
 
-def _check_unchanged(config: TrainConfig, state: dict[str, Any], items: int) -> None:
+def _check_unchanged(config: TrainConfig, state: dict[str, Any], items: int, at_once: int | None = None) -> None:
     before = flat(_as_now(state["config"]))
     now = flat(json.loads(config.model_dump_json()))
     changed = [
@@ -86,6 +96,12 @@ def _check_unchanged(config: TrainConfig, state: dict[str, Any], items: int) -> 
         raise ValueError(
             f"{config.output} was begun with {state['items']} items in a step, and this makes {items}. Choose "
             "optim.batch_size and optim.accumulate so that batch_size x accumulate x processes is the same again."
+        )
+    if state.get("together", at_once) != at_once:
+        raise ValueError(
+            f"{config.output} was begun with {state['together']} items at a time, and this makes {at_once}; with "
+            "buckets, or a loss that looks at its neighbours, that changes the result. Choose optim.batch_size so that "
+            "batch_size x processes is the same again."
         )
 
 

@@ -219,6 +219,7 @@ class Loop:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "config": self.config.model_dump_json(),
             "items": runs.items_per_step(self.config, self.accelerator),
+            "together": runs.together(self.config, self.accelerator),
             "facts": json.dumps(runs.versions()),
         }
         self.saved = self.step

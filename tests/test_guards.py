@@ -43,6 +43,17 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 STATEFUL: dict[str, dict[str, Any]] = {
     "auto_beta": {"loss": {"kind": "diffusion_dpo", "beta": 50.0}, "guards": {"auto_beta": {"target": 0.7}}},
     "bco": {"loss": {"kind": "bco", "beta": 50.0}},
+    "kept_inversion": {
+        "loss": {"kind": "diffusion_dpo", "beta": 50.0},
+        "reference": {"draws": 1},
+        "data__cache": "memory",
+        "noise": {"kind": "ddim_inversion", "inversion": {"steps": 4}},
+    },
+    "kept_policy_inversion": {
+        "loss": {"kind": "diffusion_dpo", "beta": 50.0},
+        "reference": {"draws": 1},
+        "noise": {"kind": "ddim_inversion", "inversion": {"model": "policy", "refresh": 4, "steps": 4}},
+    },
     "policy_inversion": {
         "loss": {"kind": "diffusion_dpo", "beta": 50.0},
         "noise": {"kind": "ddim_inversion", "inversion": {"model": "policy", "refresh": 4, "steps": 2}},
@@ -74,7 +85,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
     assert one.keys() == other.keys()
     for key, value in one.items():
         assert torch.equal(value, other[key]), key
-    if name != "policy_inversion":
+    if "inversion" not in name:
         assert any(key.startswith("trained.averages") for key in one)
 
 
@@ -176,6 +187,26 @@ def test_a_run_ends_when_the_held_out_reward_stops_rising(
     assert all(torch.equal(exported[key], four[key]) for key in four)
     again = train.run(settings, resume=True)
     assert [record["step"] for record in records(again)][-1] == 8, "a run that has ended is over"
+
+
+def test_checkpoints_before_the_first_look(
+    watching: dict[str, Any], models: dict[str, Path], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first look that finds nothing finite is no best one."""
+    _rewards(monkeypatch, [float("nan"), -0.5, -0.6, -0.7])
+    often = {**watching, "checkpoint": {"every": 1, "keep": 100}}
+    run = train.run(method_settings(tmp_path, models["eps"], table, "diffusion_dpo", **often))
+    assert records(run)[-1]["step"] == 8
+    seen = [checkpoints.read(run / "checkpoints" / f"step-{step:08d}")[0] for step in (1, 2, 4, 8)]
+    assert [weights["trained.watch.looks"].item() for weights in seen] == [0, 0, 1, 1]
+    assert seen[3]["trained.watch.best"].item() == -0.5
+
+
+def test_an_average_and_best_weights_cannot_both_be_exported(
+    watching: dict[str, Any], models: dict[str, Path], table: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="ema their average; drop one"):
+        method_settings(tmp_path, models["eps"], table, "diffusion_dpo", **watching, ema={"decay": 0.9})
 
 
 def test_the_watched_reward_is_the_evaluators_on_the_runs_own_pictures(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.jobs import Model
 from mmalign.models.adapter import Adapter
@@ -95,6 +96,9 @@ def load(
 ) -> Adapter:
     """Loads a checkpoint folder behind its family's adapter; `vae_dtype` is `dtype` unless given.
 
+    A LoRA is added to float32 weights, and stays beside those of half precision, which would round most of so small an
+    update away.
+
     Raises:
         ValueError: see `check`.
     """
@@ -105,7 +109,7 @@ def load(
     kind = getattr(importlib.import_module(module), name)
     adapter: Adapter = kind.load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype)
     if config.lora:
-        _fuse(adapter.pipeline(), lora_file(config.lora))
+        _add_lora(adapter.pipeline(), lora_file(config.lora), fuse=dtype == torch.float32)
     return adapter
 
 
@@ -131,8 +135,12 @@ def lora_file(path: Path, key: str = "model.lora") -> Path:
     return file
 
 
-def _fuse(pipe: Any, file: Path) -> None:
-    """Adds a LoRA to the weights. ValueError when not every tensor of the file has its place in the model."""
+def _add_lora(pipe: Any, file: Path, fuse: bool) -> None:
+    """Puts a LoRA beside the weights, or adds it to them.
+
+    Raises:
+        ValueError: not every tensor of the file has its place in the model.
+    """
     import diffusers
 
     fix = "it was trained on another architecture; give the LoRA of this model, or the model of this LoRA"
@@ -153,12 +161,35 @@ def _fuse(pipe: Any, file: Path) -> None:
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     if not (pipe.get_active_adapters() if own else getattr(denoiser, "peft_config", None)):
         raise ValueError(f"model.lora: no tensor of {file} has a place in the model; {fix}")
-    if own:
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-    else:
-        denoiser.fuse_lora()
-        denoiser.unload_lora()
+    loaded = pipe if own else denoiser
+    updates = [] if fuse else _updates(pipe)
+    if fuse:
+        loaded.fuse_lora()
+    getattr(loaded, "unload_lora_weights" if own else "unload_lora")()
+    for part, name, update in updates:
+        part.get_submodule(name).register_forward_hook(update)
+
+
+def _updates(pipe: Any) -> list[tuple[nn.Module, str, Any]]:
+    """The LoRA layers of all parts of a pipeline, as forward hooks of the layers that they belong to.
+
+    As hooks they stay when training adds a LoRA of its own, and when that is switched off for the reference.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = []
+    for part in pipe.components.values():
+        for name, layer in part.named_modules() if isinstance(part, nn.Module) else ():
+            if isinstance(layer, LoraLayer):
+                for adapter in layer.active_adapters:
+                    down, up = (of[adapter].requires_grad_(False) for of in (layer.lora_A, layer.lora_B))
+                    found.append((part, name, partial(_added, down, up, layer.scaling[adapter])))
+    return found
+
+
+def _added(down: Any, up: Any, scale: float, layer: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
+    """What a LoRA layer makes of its layer's output, computed as PEFT does."""
+    return (out + up(down(given[0].to(down.weight.dtype))) * scale).to(out.dtype)
 
 
 def fingerprint(config: Model) -> dict[str, str]:

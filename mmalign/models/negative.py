@@ -34,14 +34,14 @@ def guide_away(adapter: Adapter, path: Path, weight: float) -> None:
     denoiser = adapter.denoiser
     negative = copy.deepcopy(denoiser)
     prefix = "unet" if adapter.denoiser_name == "unet" else "transformer"
+    options = {"weight_name": file.name, "use_safetensors": True, "adapter_name": "negative"}
     try:
-        negative.load_lora_adapter(str(file.parent), prefix=prefix, weight_name=file.name, use_safetensors=True)
+        negative.load_lora_adapter(str(file.parent), prefix=prefix, **options)
     except MISFITS as error:
         raise ValueError(f"negative_lora: {file} does not fit the model ({str(error).splitlines()[0]})") from error
     if not getattr(negative, "peft_config", None):
         raise ValueError(f"negative_lora: no tensor of {file} has a place in the {prefix}; it is of another model")
-    negative.fuse_lora(lora_scale=weight)
-    negative.unload_lora()
+    negative.set_adapters("negative", weight)  # beside the weights: half precision would round it away in them
     plain = denoiser.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,6 +21,7 @@ from mmalign import export as exporting
 from mmalign.jobs import TrainConfig
 from mmalign.media import write_image
 from mmalign.models import base
+from mmalign.models.adapter import exact
 from mmalign.tasks.state import adapter_off
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,8 +29,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def load(config: TrainConfig, device: torch.device) -> Any:
     """The adapter, with frozen weights in the run's precision; what is trained, and the VAE, stay in float32."""
-    dtype = PRECISIONS[config.precision] if config.lora else torch.float32
-    return base.load(config.model, device=device, dtype=dtype, vae_dtype=torch.float32)
+    return base.load(config.model, device=device, dtype=frozen_dtype(config), vae_dtype=torch.float32)
+
+
+def frozen_dtype(config: TrainConfig) -> torch.dtype:
+    """What text encoders and, under a LoRA, the denoiser are loaded in."""
+    return PRECISIONS[config.precision] if config.lora else torch.float32
 
 
 def make_trainable(adapter: Any, config: TrainConfig) -> nn.ModuleDict:
@@ -55,6 +65,15 @@ def _go_on_from(denoiser: Any, path: Path) -> None:
     file = base.lora_file(path, "lora.init")
     found = {key.partition(".")[2]: value for key, value in load_file(file).items()}  # without unet. or transformer.
     wanted = get_peft_model_state_dict(denoiser)
+    own = denoiser.peft_config["default"]
+    with safe_open(file, "pt") as opened:
+        told = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    was = {name.rpartition(".")[2]: value for name, value in told.items()}
+    if "lora_alpha" in was and was["lora_alpha"] / was["r"] != own.lora_alpha / own.r:
+        raise ValueError(
+            f"lora.init: {file} was trained with alpha {was['lora_alpha']:g} at rank {was['r']}, and with "
+            f"{own.lora_alpha:g} at {own.r} it would be another model; set lora.alpha: {was['lora_alpha']:g}"
+        )
     odd = sorted(found.keys() ^ wanted.keys()) or [k for k in found if found[k].shape != wanted[k].shape]
     if odd:
         raise ValueError(
@@ -117,7 +136,8 @@ def draw(
         module.eval()
     device = "cuda" if adapter.device.type == "cuda" else "cpu"
     try:
-        with torch.autocast(device, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
+        autocast = torch.autocast(device, PRECISIONS[config.precision], enabled=config.precision != "fp32")
+        with autocast, _exact_decoding(adapter):
             pictures = adapter.pipeline()(
                 prompts, num_inference_steps=steps, **adapter.call_arguments(guidance_scale, None, len(prompts)),
                 output_type="np", height=config.data.resolution, width=config.data.resolution,
@@ -127,6 +147,23 @@ def draw(
         for module, training in states:
             module.train(training)
     return list((pictures * 255).round().astype(np.uint8))
+
+
+@contextmanager
+def _exact_decoding(adapter: Any) -> Iterator[None]:
+    """Inside, pictures are decoded without autocast: SDXL's autoencoder overflows in float16."""
+    vae = adapter.vae
+    decode = vae.decode
+
+    def exactly(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with exact(adapter.device):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = exactly
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 @torch.no_grad()

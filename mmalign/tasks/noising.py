@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,17 +36,25 @@ class Noising:
         config = self.task.config
         kept = self.wanted.cached(config.reference.draws, config.data.cache)
         keys = [self.task.draw_key(key) for key in batch["keys"]] if kept else []
-        found = [self._get(key) for key in keys]
-        if not kept or any(value is None for value in found):
+        if not kept:
             fresh = self._invert(latents, t, condition, generators)
-            if not kept:
-                return fresh, process.implied_noise(fresh, latents, t)
-            for i, value in enumerate(fresh.cpu().split(batch["sizes"])):
-                if found[i] is None:
-                    found[i] = value.clone()
-                    self._put(keys[i], value.clone())
+            return fresh, process.implied_noise(fresh, latents, t)
+        found = [self._get(key) for key in keys]
+        ends = list(accumulate(batch["sizes"]))
+        for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            if found[i] is None:  # by itself, so that what is kept does not depend on who else was in the batch
+                told = {name: value[start:end] for name, value in condition.items()}
+                fresh = self._invert(latents[start:end], t[start:end], told, generators[start:end])
+                found[i] = fresh.cpu()
+                self._put(keys[i], fresh.cpu())
         noisy = torch.cat(found).to(latents.device)  # type: ignore[arg-type]
         return noisy, process.implied_noise(noisy, latents, t)
+
+    def known(self, batch: dict[str, Any]) -> bool:
+        """Whether nothing of this batch would have to be inverted."""
+        config = self.task.config
+        kept = self.wanted.cached(config.reference.draws, config.data.cache)
+        return not kept or all(self._get(self.task.draw_key(key)) is not None for key in batch["keys"])
 
     def _get(self, key: str) -> Tensor | None:
         disk = self.task.inputs.disk

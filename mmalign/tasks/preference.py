@@ -83,14 +83,18 @@ class PreferenceTask:
         if not self.config.reference.other:
             return copy.deepcopy(self.adapter.denoiser).requires_grad_(False).eval()
         dtype = next(self.adapter.denoiser.parameters()).dtype
-        return base.load(self._reference_model(), device=device, dtype=dtype).denoiser.requires_grad_(False).eval()
+        loaded = base.load(self._reference_model(), device=device, dtype=dtype)
+        return loaded.denoiser.requires_grad_(False).eval()
 
     def _reference_model(self) -> Model:
         """What the reference is loaded from."""
         model, wanted = self.config.model, self.config.reference
         if not wanted.other:
             return model
-        return model.model_copy(update={"path": wanted.model or model.path, "lora": wanted.lora})
+        if wanted.model is None:
+            return model.model_copy(update={"lora": wanted.lora})
+        # What replaces parts of the model does not replace the reference's.
+        return Model(path=wanted.model, lora=wanted.lora, max_sequence_length=model.max_sequence_length)
 
     def _make_averages(self) -> tuple[str, ...]:
         """Moving averages that the objective or auto-beta asks for; the metrics that they are fed with."""
@@ -307,8 +311,12 @@ class PreferenceTask:
         model = self.config.model
         if {*DENOISER} & {*model.from_scratch}:
             raise ValueError("reference.kind: cached cannot tell fresh weights apart; drop model.from_scratch")
-        found = base.fingerprint(self._reference_model())
-        return {name: value for name, value in found.items() if name in (*DENOISER, "lora")}
+        found = {
+            name: value for name, value in base.fingerprint(self._reference_model()).items() if name != "scheduler"
+        }
+        found["scheduler"] = base.fingerprint(model)["scheduler"]  # t, noise and target are the trained model's
+        key = {name: value for name, value in found.items() if name in (*DENOISER, "lora")}
+        return {**key, "dtype": str(finish.frozen_dtype(self.config))}
 
     def _measure_all(self) -> None:
         """Fills the cache with the error of every group and draw, while the reference is still the model itself."""
@@ -320,7 +328,7 @@ class PreferenceTask:
         dtype = finish.PRECISIONS[self.config.precision]
         for chunk in track(batches, "reference errors", len(batches)):
             batch = self._assemble(chunk)
-            if any(self._stored(key) is None for key in batch["keys"]):
+            if any(self._stored(key) is None for key in batch["keys"]) or not self.noising.known(batch):
                 # As in the loop, or a fresh policy in half precision would differ from its own reference.
                 autocast = torch.autocast(self.adapter.device.type, dtype, enabled=dtype != torch.float32)
                 with torch.no_grad(), autocast, self._shared_text(batch):

@@ -70,6 +70,7 @@ class Lagged(nn.Module):
     def _swap(self) -> None:
         for parameter, buffer in zip(self._parameters_of, self.buffers(), strict=True):
             parameter.data, buffer.data = buffer.data, parameter.data
+        torch.clear_autocast_cache()  # it knows casts by the parameter, whose values are now others
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class Watch(nn.Module):
     """
 
     best: Tensor
+    looks: Tensor
     since: Tensor
 
     def __init__(self, run: TrainConfig, adapter: Any):
@@ -39,7 +40,8 @@ class Watch(nn.Module):
             raise ValueError(f"early_stopping.prompts: {config.prompts} holds no prompts; write one per line")
         self._sign = 1.0 if self._evaluator.higher_is_better else -1.0
         self._weights = Lagged(adapter.denoiser)
-        self.register_buffer("best", torch.tensor(-torch.inf, dtype=torch.float64))
+        self.register_buffer("best", torch.zeros((), dtype=torch.float64))  # of no meaning before the first look
+        self.register_buffer("looks", torch.zeros((), dtype=torch.int64))
         self.register_buffer("since", torch.zeros((), dtype=torch.int64))
 
     def due(self, step: int) -> bool:
@@ -58,8 +60,11 @@ class Watch(nn.Module):
     def look(self) -> tuple[float, bool]:
         """The mean reward now, and whether it has not been beaten for `patience` looks."""
         starts = range(0, len(self._prompts), self._config.batch_size)
-        reward = float(np.nanmean([score for start in starts for score in self._scores(start)]))
-        if self._sign * reward > self.best + self._config.min_gain:
+        scores = [score for start in starts for score in self._scores(start) if not np.isnan(score)]
+        reward = float(np.mean(scores)) if scores else float("nan")
+        first = not self.looks and np.isfinite(reward)
+        if first or self._sign * reward > self.best + self._config.min_gain:
+            self.looks += 1
             self.best.fill_(self._sign * reward)
             self.since.zero_()
             self._weights.refresh()
