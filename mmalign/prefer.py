@@ -7,7 +7,8 @@ missing. What is made of the scores is a pure function of them (`mmalign.labelli
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +19,15 @@ import numpy as np
 from mmalign import labelling, prefer_pool, score
 from mmalign.config import dump, nearest
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
-from mmalign.jobs_prefer import PHI, Filters, Pairs, PreferConfig, Ranking, RewardSpec, SampleSource
-from mmalign.paths import find
-from mmalign.prefer_pool import TOO_FEW, PictureList
+from mmalign.jobs_prefer import PHI, Filters, Pairs, PreferConfig, Ranking, RewardSpec, Route, SampleSource
+from mmalign.prefer_pool import TOO_FEW, PictureList, content
 from mmalign.progress import track
 from mmalign.records import MediaRef
 from mmalign.results import Results, flat, is_ok, read_results, score_label
 from mmalign.routing import write_to_label
 from mmalign.runs import versions
-from mmalign.score_plan import Job, digest, make_jobs
-from mmalign.source import content_hash, whole_file
+from mmalign.score_plan import Job, make_jobs
+from mmalign.source import whole_file
 from mmalign.tables import Dropped, MediaRow, PreferenceRow, write_media_table, write_preferences
 
 SOURCE = "prefer"  # of the rows that this job writes
@@ -102,39 +102,94 @@ def run(config: PreferConfig, *, replace_labels: bool = False, plugins: bool = T
 
     Raises:
         ValueError: before anything is drawn, for an evaluator, model or table that cannot be used, and for a folder
-            that another config filled; afterwards, for an unknown sub-score, a reward that scored nothing, and where
-            no preference is left.
+            that another config filled; afterwards, for an unknown sub-score, a reward that scored nothing, answers in
+            to_label.* to other pairs, and where no preference is left. What an earlier config made is then still there,
+            under its own name.
     """
     from mmalign import prefer_summary
 
-    folder = config.output
-    jobs = [make_jobs([(spec.name, spec.params)], plugins)[0] for spec in config.rewards]
-    for spec, job in zip(config.rewards, jobs, strict=True):
-        if job.is_set:
-            raise ValueError(f"{spec.name} scores whole sets, not pictures, and so cannot prefer one to another")
-    prefer_pool.check(config)
-    identity = dict(flat(_identity(config, jobs)))
-    _check_same(folder, identity, replace_labels)
+    folder, preferences = config.output, config.output / "preferences.jsonl"
+    jobs = check(config, plugins)
+    now = _identity(config, jobs)
+    signed = _check_same(folder, now, replace_labels)
     pool = prefer_pool.gather(config)
-    _sign(config, identity)
     write_media_table(folder / "pictures.jsonl", pool.rows())
-    results = read_results(score.run(_score_config(config), plugins=plugins))
+    results = read_results(score.run(_score_config(config, jobs), plugins=plugins))
     rewards = resolve(config.rewards, jobs, results)
     ranked, dropped = _ranked(pool.lists, rewards, results)
     rows, unclear = label(ranked, rewards, config.label, config.filters)
     dropped = [*pool.dropped, *dropped, *unclear]
-    routed = write_to_label(folder, ranked, config.route) if config.route else 0
-    summary = prefer_summary.summarise(ranked, rewards, rows, dropped, routed)
-    with whole_file(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if not rows:
+        summary = prefer_summary.summarise(ranked, rewards, rows, dropped, 0)
+        if not preferences.exists():
+            _write_json(folder / "summary.json", summary)
         raise ValueError(f"no preference is left: {prefer_summary.reasons(summary)}; loosen filters or label")
-    write_preferences(folder / "preferences.jsonl", rows)
+    routed = write_to_label(folder, ranked, config.route) if config.route else _ask_nobody(folder)
+    summary = prefer_summary.summarise(ranked, rewards, rows, dropped, routed)
+    if not signed:  # a table never stands under another config's name, wherever this is stopped
+        preferences.unlink(missing_ok=True)
+    _sign(config, now)
+    _write_json(folder / "summary.json", summary)
+    write_preferences(preferences, rows)
     prefer_summary.show(summary)
-    return folder / "preferences.jsonl"
+    return preferences
+
+
+def check(config: PreferConfig, plugins: bool = True) -> list[Job]:
+    """Looks at evaluators, columns, models, prompts and tables before anything is drawn; the job of each reward.
+
+    Raises:
+        ValueError: an evaluator, model, prompts file or table that cannot be used, one evaluator with two checkpoints,
+            or two rewards with the same column.
+    """
+    jobs = make(config.rewards, plugins)
+    for spec, job in zip(config.rewards, jobs, strict=True):
+        if job.is_set:
+            raise ValueError(f"{spec.name} scores whole sets, not pictures, and so cannot prefer one to another")
+    distinct(config.rewards, jobs)
+    _check_columns(config.rewards, jobs)
+    prefer_pool.check(config)
+    return jobs
 
 
 # ------------------------------------------------------------------------------------------------ scores
+
+
+def make(specs: Iterable[EvaluatorSpec], plugins: bool = True) -> list[Job]:
+    """The job of each spec, equal ones too. ValueError for what `make_jobs` cannot use."""
+    return [make_jobs([(spec.name, spec.params)], plugins)[0] for spec in specs]
+
+
+def distinct(specs: Sequence[EvaluatorSpec], jobs: Sequence[Job]) -> tuple[EvaluatorSpec, ...]:
+    """Each evaluator once, however many of its sub-scores are asked for: what to score with.
+
+    Raises:
+        ValueError: two of one label in the results have different checkpoints, so their scores would be mixed up.
+    """
+    found: dict[str, tuple[Job, EvaluatorSpec]] = {}
+    for spec, job in zip(specs, jobs, strict=True):
+        first, _ = found.setdefault(job.label, (job, EvaluatorSpec(name=spec.name, params=spec.params)))
+        if (first.params_text, first.weight_hash) != (job.params_text, job.weight_hash):
+            raise ValueError(
+                f"{job.label} is asked for with two different checkpoints, and results tell evaluators apart by name "
+                "and parameters, not by checkpoint or `column`; keep one of them, or put the other under a name of its "
+                "own: an evaluator file of yours that subclasses it (docs/evaluators.md)"
+            )
+    return tuple(spec for _, spec in found.values())
+
+
+def _check_columns(specs: Sequence[RewardSpec], jobs: Sequence[Job]) -> None:
+    """Refuses columns that are equal whatever the evaluators will give; `resolve` knows the rest."""
+    seen: set[tuple[str, bool]] = set()
+    for spec, job in zip(specs, jobs, strict=True):
+        undecided = spec.column is None and spec.subscore is None
+        column = spec.column or score_label(job.label, spec.subscore)
+        if (column, undecided) in seen:
+            raise ValueError(_TWICE.format(column))
+        seen.add((column, undecided))
+
+
+_TWICE = "two columns of the table would be called {!r}; give one reward a `column`"
 
 
 def resolve(specs: Sequence[RewardSpec], jobs: Sequence[Job], results: Results) -> list[Reward]:
@@ -157,7 +212,7 @@ def resolve(specs: Sequence[RewardSpec], jobs: Sequence[Job], results: Results) 
             raise ValueError(f"{job.label} gives {', '.join(names)}; choose one with `subscore`")
         column = spec.column or score_label(job.label, subscore)
         if column == PHI or any(column == other.column for other in rewards):
-            raise ValueError(f"two columns of the table would be called {column!r}; give one reward a `column`")
+            raise ValueError(_TWICE.format(column))
         rewards.append(Reward(column, job.label, subscore, spec.weight, job.cls.higher_is_better))
     return rewards
 
@@ -202,16 +257,11 @@ def _fault(row: MediaRow, rewards: Sequence[Reward], columns: Sequence[Mapping[s
     return None
 
 
-def _score_config(config: PreferConfig) -> ScoreConfig:
-    specs: list[EvaluatorSpec] = []
-    for reward in config.rewards:
-        spec = EvaluatorSpec(name=reward.name, params=reward.params)
-        if spec not in specs:
-            specs.append(spec)
+def _score_config(config: PreferConfig, jobs: Sequence[Job]) -> ScoreConfig:
     return ScoreConfig(
         table=config.output / "pictures.jsonl",
         output=config.output / "scores",
-        evaluators=tuple(specs),
+        evaluators=distinct(config.rewards, jobs),
         **dict(config.scoring),
     )
 
@@ -288,8 +338,10 @@ def _ref(row: MediaRow) -> MediaRef:
 # ------------------------------------------------------------------------------------------------ the folder
 
 
-def _check_same(folder: Path, now: Mapping[str, str], replace_labels: bool) -> None:
-    """Refuses a folder that another config filled, with the keys that differ."""
+def _check_same(folder: Path, now: Mapping[str, str], replace_labels: bool) -> bool:
+    """Whether the folder is signed with this identity. ValueError, with the keys that differ, for one that another
+    config filled.
+    """
     path = folder / "run.json"
     before = json.loads(path.read_text())["config"] if path.is_file() else now
     changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
@@ -300,45 +352,47 @@ def _check_same(folder: Path, now: Mapping[str, str], replace_labels: bool) -> N
             f"{folder} was made with other values of: {', '.join(changed)}. "
             f"Choose another folder with --set output=...{also}, or remove this one."
         )
+    return path.is_file() and not changed
 
 
 def _sign(config: PreferConfig, identity: Mapping[str, str]) -> None:
-    """Writes config.yaml and run.json, once `sample` has found nothing to refuse either."""
-    config.output.mkdir(parents=True, exist_ok=True)
+    """Writes config.yaml and run.json, once nothing is left that could be refused."""
     (config.output / "config.yaml").write_text(dump(config))
-    (config.output / "run.json").write_text(json.dumps({"config": identity, "versions": versions()}, indent=2))
+    _write_json(config.output / "run.json", {"config": identity, "versions": versions()})
 
 
-def _identity(config: PreferConfig, jobs: Sequence[Job]) -> dict[str, Any]:
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _ask_nobody(folder: Path) -> int:
+    """Removes what an earlier config asked and nobody has begun to answer; 0, the number of pairs to label."""
+    with suppress(ValueError):  # there are answers: they stay, for `merge`
+        write_to_label(folder, [], Route())
+    return 0
+
+
+def _identity(config: PreferConfig, jobs: Sequence[Job]) -> dict[str, str]:
     """What decides the result. Files count by content; a source's model is checked by `sample`, in its folder."""
     data = {name: getattr(config, name).model_dump(mode="json") for name in ("label", "filters")}
     rewards = [
-        {"job": job.label, "params": job.params_text, "weights": job.weight_hash, **_vote(spec)}
+        {"job": job.label, "params": job.params_text, "weights": job.weight_hash}
+        | spec.model_dump(include={"subscore", "weight", "column"})
         for spec, job in zip(config.rewards, jobs, strict=True)
     ]
     sources = [
         source.model_dump(mode="json", exclude={"model", "batch_size", "device"})
-        | ({} if isinstance(source, SampleSource) else {"table": _content(source.table)})
+        | ({} if isinstance(source, SampleSource) else {"table": content(source.table)})
         for source in config.sources
     ]
-    relabel = config.relabel and {**config.relabel.model_dump(mode="json"), "table": _content(config.relabel.table)}
-    return data | {
-        "prompts": config.prompts and _content(config.prompts),
+    relabel = config.relabel and {**config.relabel.model_dump(mode="json"), "table": content(config.relabel.table)}
+    decides = data | {
+        "prompts": config.prompts and content(config.prompts),
         "sources": {str(number): source for number, source in enumerate(sources)},
         "relabel": relabel,
         "rewards": {str(number): reward for number, reward in enumerate(rewards)},
         "route": config.route and config.route.model_dump(mode="json"),
         "scoring": {"dtype": config.scoring.dtype, "decoder": config.scoring.decoder},
     }
-
-
-def _vote(spec: RewardSpec) -> dict[str, Any]:
-    return {"subscore": spec.subscore, "weight": spec.weight, "column": spec.column}
-
-
-def _content(path: Path) -> str:
-    """A hash of a file's bytes, or of a folder's names and sizes."""
-    path = find(path)
-    if path.is_file():
-        return content_hash(path)
-    return digest(str(path), sorted((f.name, f.stat().st_size) for f in path.glob("*") if f.is_file()))
+    return dict(flat(decides))

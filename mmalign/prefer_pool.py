@@ -14,6 +14,8 @@ from mmalign.media import VIDEO_SUFFIXES
 from mmalign.models import base
 from mmalign.paths import find
 from mmalign.records import MediaRef
+from mmalign.score_plan import digest
+from mmalign.source import content_hash
 from mmalign.tables import Dropped, MediaRow, PreferenceRow, read_media_table, read_preferences
 
 TOO_FEW = "fewer than two pictures"
@@ -64,7 +66,7 @@ def gather(config: PreferConfig) -> Pool:
     if config.relabel is not None:
         pool = _former(config.relabel, config.limit)
     else:
-        pool = _by_prompt(*_drawn(config), config.limit)
+        pool = _by_prompt(*_drawn(config), config.limit, _first(config))
     if not pool.lists:
         raise ValueError("no prompt has two pictures, so there is nothing to prefer; raise per_prompt or add a source")
     return pool
@@ -99,7 +101,17 @@ def _maker(source: SampleSource | TableSource, row: MediaRow) -> str:
     return source.title if isinstance(source, SampleSource) or source.name or not row.model else row.model
 
 
-def _by_prompt(rows: Sequence[MediaRow], dropped: list[Dropped], limit: int | None) -> Pool:
+def _first(config: PreferConfig) -> list[str]:
+    """The prompts that sampling takes, in their order, one for each line; none where nothing is sampled."""
+    for number, source in enumerate(config.sources):
+        if isinstance(source, SampleSource):
+            wanted = sample.requests(sample_config(config, source, number))
+            return [prompt for _, prompt in dict.fromkeys((request.group, request.prompt) for request in wanted)]
+    return []
+
+
+def _by_prompt(rows: Sequence[MediaRow], dropped: list[Dropped], limit: int | None, first: Sequence[str]) -> Pool:
+    """Lists in the order of `first`, then of the rows; `limit` cuts the same prompts from every source."""
     groups: dict[str, list[MediaRow]] = {}
     for row in rows:
         if row.prompt:
@@ -107,7 +119,10 @@ def _by_prompt(rows: Sequence[MediaRow], dropped: list[Dropped], limit: int | No
         else:
             dropped.append(Dropped(row.sample, "no prompt", "the row names none, so it belongs to no list"))
     lists = []
-    for number, (prompt, members) in enumerate(list(groups.items())[:limit]):
+    known = set(first)
+    order = dict.fromkeys([*first, *(prompt for prompt in groups if prompt not in known)][:limit])
+    for number, prompt in enumerate(prompt for prompt in order if prompt in groups):
+        members = groups[prompt]
         if len(members) < 2:
             dropped.append(Dropped(prompt, TOO_FEW, f"{members[0].sample} alone has this prompt"))
         else:
@@ -152,3 +167,11 @@ def counted(dropped: Sequence[Dropped]) -> dict[str, dict[str, object]]:
         reason: [f"{each.origin}: {each.detail}" for each in dropped if each.reason == reason][:3] for reason in counts
     }
     return {reason: {"count": count, "examples": examples[reason]} for reason, count in counts.items()}
+
+
+def content(path: Path) -> str:
+    """A hash of a file's bytes, or of a folder's names and sizes."""
+    path = find(path)
+    if path.is_file():
+        return content_hash(path)
+    return digest(str(path), sorted((f.name, f.stat().st_size) for f in path.glob("*") if f.is_file()))

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmalign import judgements, prefer, report, sample, score, tables, train
+from mmalign import judgements, prefer, prefer_pool, report, sample, score, tables, train
 from mmalign.compare import compare
 from mmalign.config import dump, load
 from mmalign.jobs import Data, Model, SampleConfig, ScoreConfig, TrainConfig
@@ -32,7 +32,7 @@ from mmalign.jobs_align import Guards, HeldOut
 from mmalign.jobs_prefer import PHI, PreferConfig, SampleSource
 from mmalign.methods import DiffusionDPO, Preference
 from mmalign.paths import find
-from mmalign.results import is_ok, read_results, score_label
+from mmalign.results import Results, is_ok, read_results, score_label
 from mmalign.runs import flat, pick_device
 from mmalign.source import whole_file
 from mmalign.tables import PreferenceRow
@@ -45,8 +45,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
     """Does what is missing of all rounds and returns the run folder; `export/` is the last policy.
 
     Raises:
-        ValueError: the folder holds another run, the prefer config has no source with this model, there are several
-            processes, or whatever the verbs refuse.
+        ValueError: the folder holds another run, or one with other files behind the same config, the prefer config has
+            no source with this model, there are several processes, or whatever the verbs refuse.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -57,11 +57,11 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
     assert online is not None
     labels = load(PreferConfig, find(online.prefer))
     _sources(config, labels, None, 0)  # before anything is drawn: a prefer config of another model is refused
-    _prepare(config, resume)
-    records = [_look(config, labels, None, folder / "base")]
-    policy: Path | None = None
+    _prepare(config, _contents(config, labels), resume)
+    policy = config.lora.init if config.lora else None
+    records = [_look(config, labels, policy, folder / "base")]
     for number in range(online.iterations):
-        home = folder / f"round-{number:02d}"
+        home = folder / _round_name(number)
         rows = _labelled(config, labels, policy, number, home)
         trained = train.run(_round(config, labels, rows, policy, home), resume=True)
         policy = trained / "export"
@@ -73,12 +73,44 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
     return folder
 
 
-def _prepare(config: TrainConfig, resume: bool) -> None:
-    """Makes the folder and signs it with the config. ValueError if it holds a run that this is not."""
+def _contents(config: TrainConfig, labels: PreferConfig) -> dict[str, str]:
+    """What the files behind the config hold: hashes of tables and prompts, and of every evaluator's checkpoint.
+
+    Raises:
+        ValueError: one of them is missing, or an evaluator, model or table cannot be used.
+    """
+    online = config.online
+    assert online is not None
+    held = online.held_out
+    others = held.evaluators if held else ()
+    jobs = [*prefer.check(labels), *prefer.make(others)]
+    prefer.distinct([*labels.rewards, *others], jobs)
+    wanted = [(reward.subscore, "reward") for reward in labels.rewards] + [(None, "held_out") for _ in others]
+    found = {
+        f"{kind}/{score_label(job.label, subscore)}": str(job.weight_hash)
+        for job, (subscore, kind) in zip(jobs, wanted, strict=True)
+    }
+    files = {"data.table": config.data.table if online.offline_share else None}
+    if held is not None:
+        files |= {"online.held_out.prompts": held.prompts, "online.held_out.pairs": held.pairs}
+    for key, path in files.items():
+        if path is not None and not find(path).exists():
+            raise ValueError(f"{key}: {path} does not exist; check the path")
+        found |= {key: prefer_pool.content(path)} if path is not None else {}
+    return found
+
+
+def _prepare(config: TrainConfig, contents: dict[str, str], resume: bool) -> None:
+    """Makes the folder and signs it with the config and the contents of its files.
+
+    Raises:
+        ValueError: the folder holds a run that this is not, or `resume` is missing.
+    """
     signed = config.output / "online.json"
     now = flat(json.loads(config.model_dump_json(exclude={"output", "device", "validation", "log", "checkpoint"})))
     if signed.is_file():
         before = json.loads(signed.read_text())
+        held = before.pop("contents", contents)
         changed = [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]
         if changed and changed != ["online.iterations"]:
             raise ValueError(f"{config.output} was begun with other values of: {', '.join(changed)}; choose another "
@@ -86,10 +118,17 @@ def _prepare(config: TrainConfig, resume: bool) -> None:
         if not resume:
             raise ValueError(f"{config.output} already holds rounds. Add --resume to go on with them, or choose "
                              "another folder with --set output=...")  # fmt: skip
+        edited = [key for key in sorted({*contents, *held}) if contents.get(key) != held.get(key)]
+        # Until the first look is done there is nothing that other files could be mixed with.
+        if edited and (config.output / "base" / "look.json").is_file():
+            raise ValueError(
+                f"{config.output} was begun with other content of: {', '.join(edited)}. Its looks and rounds would not "
+                "compare; put the files back as they were, or choose another folder with --set output=..."
+            )
     config.output.mkdir(parents=True, exist_ok=True)
     (config.output / "config.yaml").write_text(dump(config))
     with whole_file(signed) as temporary:
-        temporary.write_text(json.dumps(now, indent=2))
+        temporary.write_text(json.dumps({**now, "contents": contents}, indent=2))
 
 
 def _policy(model: Model, policy: Path | None, lora: bool) -> Model:
@@ -111,19 +150,34 @@ def _sources(config: TrainConfig, labels: PreferConfig, policy: Path | None, num
 
 
 def _ours(config: TrainConfig, labels: PreferConfig) -> list[int]:
-    """Which sources draw from the model that is trained. ValueError where none does."""
-    model = find(config.model.path).resolve()
+    """Which sources draw from the model that is trained. ValueError where none does.
+
+    One with another LoRA or other parts is another model, which the policy must not take the place of. The LoRA that
+    training begins with may be named or left out.
+    """
+    model = _parts(config.model)
+    own = {_place(config.model.lora), _place(config.lora.init if config.lora else config.model.lora)}
     found = [
         index
         for index, source in enumerate(labels.sources)
-        if isinstance(source, SampleSource) and find(source.model.path).resolve() == model
+        if isinstance(source, SampleSource) and _parts(source.model) == model and _place(source.model.lora) in own
     ]
     if not found:
         raise ValueError(
-            f"online.prefer: no source of {config.online.prefer} draws from model.path {config.model.path}; "  # type: ignore[union-attr]
-            "on-policy rounds need one with `kind: sample` and this model"
+            f"online.prefer: no source of {config.online.prefer} draws from model.path {config.model.path} with the "  # type: ignore[union-attr]
+            "LoRA and components that are trained; on-policy rounds need one with `kind: sample` and this model"
         )
     return found
+
+
+def _parts(model: Model) -> tuple[Any, ...]:
+    """What a model is made of, but for its LoRA, wherever the paths start."""
+    replaced = sorted((name, _place(path)) for name, path in model.components.items())
+    return _place(model.path), replaced, sorted(model.from_scratch)
+
+
+def _place(path: Path | None) -> Path | None:
+    return None if path is None else find(path).resolve()
 
 
 def _labelled(config: TrainConfig, labels: PreferConfig, policy: Path | None, number: int, home: Path) -> Path:
@@ -135,22 +189,34 @@ def _labelled(config: TrainConfig, labels: PreferConfig, policy: Path | None, nu
     assert online is not None
     if not online.offline_share:
         return own
-    rows = tables.read_preferences(own).rows
+    rows = tables.read_preferences(own, verify=False).rows  # every picture was scored
     data = config.data
     assert data.table is not None
-    offline = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension).rows
+    table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension)
+    offline = table.rows[: data.limit]
     count = round(len(rows) * online.offline_share / (1 - online.offline_share))
-    mixed = [*rows, *(_as_phi(row, data) for row in _chosen(offline, count, config.seed, number))]
+    used = sum(_offline_rows(config.output / _round_name(earlier)) for earlier in range(number))
+    mixed = [*rows, *(_as_phi(row, data) for row in _chosen(offline, count, config.seed, used))]
     tables.write_preferences(home / "mixed.jsonl", mixed)
     return home / "mixed.jsonl"
 
 
-def _chosen(rows: Sequence[PreferenceRow], count: int, seed: int, number: int) -> list[PreferenceRow]:
-    """`count` offline rows, all of them once before any comes twice; other ones in each round."""
+def _round_name(number: int) -> str:
+    return f"round-{number:02d}"
+
+
+def _offline_rows(home: Path) -> int:
+    """How many offline rows a round that was labelled before took: the lines that prefer did not write."""
+    files = (home / "mixed.jsonl", home / "prefer" / "preferences.jsonl")
+    both, own = (path.read_bytes().count(b"\n") for path in files)
+    return both - own
+
+
+def _chosen(rows: Sequence[PreferenceRow], count: int, seed: int, used: int) -> list[PreferenceRow]:
+    """`count` offline rows, after the `used` ones of earlier rounds: all of them once before any comes twice."""
     order = list(range(len(rows)))
     random.Random(f"offline {seed}").shuffle(order)
-    start = number * count
-    return [rows[order[(start + i) % len(order)]] for i in range(count)]
+    return [rows[order[(used + i) % len(order)]] for i in range(count)]
 
 
 def _as_phi(row: PreferenceRow, data: Data) -> PreferenceRow:
@@ -164,6 +230,8 @@ def _round(config: TrainConfig, labels: PreferConfig, table: Path, policy: Path 
     online = config.online
     assert online is not None
     data = {"table": table, "format": "jsonl", "root": None, "verify": False, "dimension": PHI, "dimensions": None}
+    if online.offline_share:  # the limit was the offline table's; here it would cut those rows off, which come last
+        data["limit"] = None
     update: dict[str, Any] = {"output": home / "train", "online": None, **_from(config, policy, online.reference)}
     update["data"] = config.data.model_copy(update=data)
     return TrainConfig.model_validate(config.model_copy(update=update).model_dump())
@@ -222,32 +290,26 @@ def _rewards(
         seed=held.seed,
     )  # fmt: skip
     table = sample.run(job)
-    trained = [(reward.name, reward.params) for reward in labels.rewards]
-    wanted = [{"name": name, "params": params} for name, params in trained]
-    wanted += [
-        {"name": spec.name, "params": spec.params}
-        for spec in held.evaluators
-        if (spec.name, spec.params) not in trained
-    ]
-    scored = score.run(
-        ScoreConfig.model_validate(
-            {"table": table, "output": folder / "scores", "evaluators": wanted, **labels.scoring.model_dump()}
-        )
-    )
-    ours = {score_label(row["evaluator"], row["subscore"]) for row in _rows(scored, [name for name, _ in trained])}
+    jobs = prefer.make(labels.rewards)
+    evaluators = prefer.distinct([*labels.rewards, *held.evaluators], [*jobs, *prefer.make(held.evaluators)])
+    scoring = ScoreConfig(table=table, output=folder / "scores", evaluators=evaluators, **dict(labels.scoring))
+    results = read_results(score.run(scoring))
+    able = {row["evaluator"] for row in results.rows if is_ok(row)}
+    trained = [(spec, job) for spec, job in zip(labels.rewards, jobs, strict=True) if job.label in able]
+    # A mistyped sub-score is heard of at the first look. That nothing of a policy can be scored is for prefer to say.
+    prefer.resolve([spec for spec, _ in trained], [job for _, job in trained], results)
+    return _means(results, {(job.label, spec.subscore) for spec, job in trained})
+
+
+def _means(results: Results, trained: set[tuple[str, str | None]]) -> dict[str, float]:
+    """Mean of every score, by whether it is one of those that are trained on: (label, sub-score or its only one)."""
     means: dict[str, list[float]] = {}
-    for row in read_results(scored).rows:
+    for row in results.rows:
         if is_ok(row):
-            means.setdefault(score_label(row["evaluator"], row["subscore"]), []).append(float(row["score"]))
-    return {
-        f"{'reward' if label in ours else 'held_out'}/{label}": sum(values) / len(values)
-        for label, values in means.items()
-    }
-
-
-def _rows(scored: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of evaluators by name, whatever parameters their labels carry."""
-    return [row for row in read_results(scored).rows if row["evaluator"].partition("[")[0] in names]
+            ours = {(row["evaluator"], row["subscore"]), (row["evaluator"], None)} & trained
+            name = f"{'reward' if ours else 'held_out'}/{score_label(row['evaluator'], row['subscore'])}"
+            means.setdefault(name, []).append(float(row["score"]))
+    return {name: sum(values) / len(values) for name, values in means.items()}
 
 
 @torch.no_grad()

@@ -43,6 +43,23 @@ class Blueness(Evaluator):
         return torch.where(means.sum(1) == 0, torch.nan, means[:, 2])
 
 
+class Shade(Evaluator):
+    """Mean of one channel, or of a file's say: parameters that show in the label, and one that does not."""
+
+    licence, source = "Apache-2.0", "a test"
+
+    class Params(Strict):
+        channel: int = 0
+        checkpoint: Path | None = None
+
+    @classmethod
+    def weight_files(cls, params):
+        return [params.checkpoint] if params.checkpoint else []
+
+    def score(self, batch):
+        return torch.stack([image[self.params.channel].double().mean() for image in batch.images])
+
+
 class Mortal(Evaluator):
     """Red, once a file is there; before that the second batch ends the process, as a kill would."""
 
@@ -78,7 +95,7 @@ class Whole(SetEvaluator):
     def compute(self):
         return 1.0
 '''
-NAMES = ("Colours", "Blueness", "Mortal", "Nothing", "Whole")
+NAMES = ("Colours", "Blueness", "Shade", "Mortal", "Nothing", "Whole")
 
 
 def plug_in(folder: Path) -> Path:

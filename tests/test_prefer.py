@@ -288,6 +288,100 @@ def test_another_config_in_the_same_folder(tmp_path: Path, source: Path) -> None
     prefer.run(config(tmp_path / "out", source, **changed, scoring={"device": "cpu", "batch_size": 2}))
 
 
+def test_one_evaluator_spelled_in_two_ways_is_one(tmp_path: Path, source: Path) -> None:
+    """The default said or left out: one label in the results, so one evaluator."""
+    rewards = [{"name": "shade", "column": "a"}, {"name": "shade", "params": {"channel": 0}, "column": "b"}]
+    rows = rows_of(prefer.run(config(tmp_path / "out", source, rewards=rewards)))
+    assert rows[0].scores["a"] == rows[0].scores["b"]
+
+
+def left_behind(folder: Path) -> dict[str, bytes]:
+    """What a config left, but for the scores, which any config may add to."""
+    names = ("preferences.jsonl", "summary.json", "run.json", "config.yaml", "to_label.jsonl", "to_label.csv")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rewards": [{**REWARDS[0], "weight": 2}, {**REWARDS[1], "subscore": "gren"}, REWARDS[2]]}, "no sub-score"),
+        ({"label": {"kind": "pairs", "min_margin": 2}}, "no preference is left"),
+        ({"rewards": [*REWARDS, {"name": "nothing"}]}, "scored none of the pictures"),
+        ({"route": {"count": 5, "per_prompt": 3}}, "about other pairs|to other pairs"),
+    ],
+)
+def test_what_fails_leaves_the_earlier_config_in_its_place(
+    tmp_path: Path, source: Path, changes: dict[str, Any], said: str
+) -> None:
+    """Nothing stands under a name that is not its own, and the earlier config is not locked out."""
+    out, route = tmp_path / "out", {"count": 5}
+    prefer.run(config(out, source, route=route))
+    (out / "to_label.csv").write_text((out / "to_label.csv").read_text().replace(",,", ",A,"))
+    before = left_behind(out)
+    with pytest.raises(ValueError, match=said):
+        prefer.run(config(out, source, **{"route": route, **changes}), replace_labels=True)
+    assert left_behind(out) == before
+    prefer.run(config(out, source, route=route))
+    assert left_behind(out) == before
+
+
+def test_a_first_run_that_fails_is_corrected_without_ado(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(ValueError, match="no sub-score 'rde'"):
+        prefer.run(config(tmp_path / "out", source, rewards=[{**REWARDS[0], "subscore": "rde"}]))
+    assert not (tmp_path / "out/run.json").exists()
+    prefer.run(config(tmp_path / "out", source, rewards=REWARDS[:1]))
+
+
+@pytest.mark.parametrize("last", ["_sign", "write_preferences"])
+def test_no_table_stands_under_another_name_wherever_a_run_is_stopped(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    out = tmp_path / "out"
+    other = config(out, source, label={"kind": "pairs"})
+    prefer.run(config(out, source))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefer, last, killed)
+        with pytest.raises(KeyboardInterrupt):
+            prefer.run(other, replace_labels=True)
+    assert not (out / "preferences.jsonl").exists()
+    assert len(rows_of(prefer.run(other, replace_labels=True))) == 2
+    with pytest.raises(ValueError, match="add --replace"):
+        prefer.run(config(out, source))
+
+
+def test_questions_go_with_the_route(tmp_path: Path, source: Path) -> None:
+    """A config that asks nobody leaves none of an earlier one's questions about, but for people's answers."""
+    out = tmp_path / "out"
+    prefer.run(config(out, source, route={}))
+    prefer.run(config(out, source), replace_labels=True)
+    assert not list(out.glob("to_label.*"))
+    prefer.run(config(out, source, route={}), replace_labels=True)
+    (out / "to_label.csv").write_text((out / "to_label.csv").read_text().replace(",,", ",A,"))
+    before = {path: path.read_bytes() for path in out.glob("to_label.*")}
+    prefer.run(config(out, source), replace_labels=True)
+    assert len(before) == 3 and {path: path.read_bytes() for path in out.glob("to_label.*")} == before
+    assert summary_of(out)["routed"] == 0
+
+
+def test_a_limit_takes_the_same_prompts_from_every_source(tmp_path: Path, model: Path) -> None:
+    """The first of the prompts file, wherever a table has them; one that stands twice counts as sampling counts."""
+    (tmp_path / "prompts.txt").write_text("first\nfirst\nsecond\nthird\n")
+    shades = [(1, 2, 3), (4, 5, 6)]
+    made = table(tmp_path, {"other": shades, "third": shades, "second": shades, "first": shades})
+    drawn = {"kind": "sample", "name": "tiny", "model": {"path": model}, "steps": 1, "device": "cpu"}
+    sources = [{"kind": "table", "table": made, "name": "made"}, drawn]
+    found = {}
+    for limit in (2, 3, None):
+        job = config(tmp_path / f"{limit}", made, sources=sources, prompts=tmp_path / "prompts.txt", limit=limit)
+        found[limit] = [(row.prompt, len(row.media)) for row in rows_of(prefer.run(job))]
+    assert found[None] == [("first", 3), ("second", 3), ("third", 3), ("other", 2)]
+    assert found[2] == found[None][:1] and found[3] == found[None][:2]
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -337,6 +431,23 @@ def test_mistakes_are_heard_of_before_anything_is_written(tmp_path: Path, source
         with pytest.raises(ValueError):
             prefer.run(config(tmp_path / "out", source, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_two_checkpoints_or_columns_of_one_name_are_refused_before_anything_is_drawn(
+    tmp_path: Path, source: Path
+) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    two = [{"name": "shade", "params": {"checkpoint": tmp_path / name}, "column": name} for name in "ab"]
+    with pytest.raises(ValueError, match=r"shade is asked for with two different checkpoints.*put the other under a"):
+        prefer.run(config(tmp_path / "out", source, rewards=two))
+    red = {"name": "colours", "subscore": "red"}
+    for same in ([red, red], [{"name": "shade"}] * 2, [{"name": "shade", "column": "colours/red"}, red]):
+        with pytest.raises(ValueError, match="give one reward a `column`"):
+            prefer.run(config(tmp_path / "out", source, rewards=same))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "b").write_text("a")  # a copy is the same evaluator
+    assert len(rows_of(prefer.run(config(tmp_path / "out", source, rewards=two)))) == 3
 
 
 def test_one_picture_per_prompt(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from safetensors.torch import load_file
 from training_kit import preferences, settings
 
 from mmalign import rounds, tables, train
-from mmalign.jobs import TrainConfig
+from mmalign.config import load
+from mmalign.jobs import Model, TrainConfig
+from mmalign.jobs_align import EvaluatorSpec, HeldOut
+from mmalign.jobs_prefer import PreferConfig, SampleSource
+from mmalign.tasks.sources import groups
 from mmalign.testing.tiny import tiny_sd
 
 PROMPTS = ("a red circle", "a blue square", "a green triangle", "a photo of a circle")
@@ -146,8 +151,9 @@ def test_more_rounds_can_follow_and_other_settings_cannot(whole: Path, world: di
     more = config.model_copy(update={"online": config.online.model_copy(update={"iterations": 3})})
     with pytest.raises(ValueError, match=r"begun with other values of: loss\.beta"):
         rounds.run(_config(world, whole, optim__lr=1e-2, loss__beta=7.0), resume=True)
-    rounds._prepare(more, resume=True)
-    rounds._prepare(config, resume=True)
+    contents = json.loads((whole / "online.json").read_text())["contents"]
+    rounds._prepare(more, contents, resume=True)
+    rounds._prepare(config, contents, resume=True)
 
 
 def test_a_moved_reference_is_the_policy_that_drew(world: dict[str, Path], tmp_path: Path) -> None:
@@ -184,10 +190,62 @@ def test_offline_rows_are_mixed_in(world: dict[str, Path], tmp_path: Path) -> No
     assert kept["items"] == len(mixed), "offline rows are trained on, too"
 
 
-def test_offline_rows_take_turns() -> None:
-    rows = [tables.PreferenceRow(str(i), (), rank=()) for i in range(5)]
-    first, second = (rounds._chosen(rows, 3, 0, number) for number in range(2))
-    assert len({row.prompt for row in [*first, *second[:2]]}) == 5, "each once before any comes twice"
+def _labelling(monkeypatch: pytest.MonkeyPatch, folder: Path, sizes: tuple[int, ...]) -> None:
+    """In place of `prefer`: a table of so many rows in each round."""
+    queue = {f"round-{number:02d}": size for number, size in enumerate(sizes)}
+    (folder / "own").mkdir()
+    judged = tables.read_preferences(preferences(folder / "own", pairs=max(sizes)), verify=False).rows
+    rows = [replace(row, label=None, scores={"phi": (1.0, 0.0)}) for row in judged]
+
+    def run(job: PreferConfig) -> Path:
+        path = job.output / "preferences.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tables.write_preferences(path, rows[: queue[job.output.parent.name]])
+        return path
+
+    monkeypatch.setattr(rounds.prefer, "run", run)
+
+
+def _mixed(config: TrainConfig, labels: PreferConfig, number: int) -> list[str]:
+    """Pictures of the offline rows in a round's table."""
+    assert config.data.table is not None
+    home = config.output / f"round-{number:02d}"
+    rows = tables.read_preferences(rounds._labelled(config, labels, None, number, home), verify=False).rows
+    return [row.media[0].file for row in rows if Path(row.media[0].file).parent == config.data.table.parent]
+
+
+def _offline(world: dict[str, Path], tmp_path: Path, pairs: int, **changes: Any) -> tuple[TrainConfig, PreferConfig]:
+    (tmp_path / "offline").mkdir()
+    table = preferences(tmp_path / "offline", pairs=pairs)
+    online = {"iterations": 3, "prefer": str(world["prefer"]), "offline_share": 0.5}
+    tree = settings(tmp_path / "run", world["model"], table, online=online, **changes)
+    return TrainConfig.model_validate(tree), load(PreferConfig, world["prefer"])
+
+
+def test_offline_rows_take_turns_though_rounds_differ_in_size(
+    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, labels = _offline(world, tmp_path, pairs=6)
+    _labelling(monkeypatch, tmp_path, (1, 4, 3))
+    found = [_mixed(config, labels, number) for number in range(3)]
+    assert [len(each) for each in found] == [1, 4, 3]
+    assert len({*found[0], *found[1], found[2][0]}) == 6, "each once before any comes twice"
+    assert found[2][1:] == [found[0][0], found[1][0]], "and then in the same turn"
+    assert _mixed(config, labels, 1) == found[1], "a round that is made again takes the same"
+
+
+def test_a_limit_is_of_the_offline_table(
+    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the round's own config it would cut off the offline rows, which come last."""
+    config, labels = _offline(world, tmp_path, pairs=5, data__limit=2)
+    _labelling(monkeypatch, tmp_path, (3,))
+    found = _mixed(config, labels, 0)
+    assert len(found) == 3 and {Path(file).name for file in found} == {"0-w.png", "1-w.png"}
+    table = tmp_path / "run/round-00/mixed.jsonl"
+    data = rounds._round(config, labels, table, None, tmp_path / "run/round-00").data
+    assert data.limit is None
+    assert len(groups(data, "pairs")[0]) == 6
 
 
 @pytest.mark.parametrize(
@@ -222,6 +280,130 @@ def test_a_prefer_config_of_another_model_is_refused(world: dict[str, Path], tmp
     tree = settings(tmp_path / "run", other, world["pairs"], online={"iterations": 1, "prefer": str(world["prefer"])})
     with pytest.raises(ValueError, match=r"no source of .* draws from model\.path"):
         rounds.run(TrainConfig.model_validate(tree))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"lora": "other"}, {"components": {"vae": "other"}}, {"from_scratch": ["unet"]}])
+def test_a_source_with_other_weights_is_not_the_policy(
+    world: dict[str, Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    config, labels = _config(world, tmp_path / "run"), load(PreferConfig, world["prefer"])
+    own = labels.sources[0]
+    assert isinstance(own, SampleSource)
+    other = own.model_copy(update={"model": Model.model_validate({"path": world["model"], **change}), "name": "other"})
+    both = labels.model_copy(update={"sources": (other, own)})
+    kept, drawn = rounds._sources(config, both, tmp_path / "policy", 1)
+    assert kept == other and drawn.model.lora == tmp_path / "policy"
+    with pytest.raises(ValueError, match=r"no source of .* draws from model\.path .* with the LoRA and components"):
+        rounds._sources(config, labels.model_copy(update={"sources": (other,)}), None, 0)
+
+
+def test_parts_are_told_by_where_they_are(world: dict[str, Path], tmp_path: Path) -> None:
+    """The same vae by another path, and the LoRA that training begins with, said or left out."""
+    around = world["model"].parent / "x" / ".." / "model"
+    begun = {"rank": 4, "init": str(tmp_path / "begun")}
+    config = _config(world, tmp_path / "run", lora=begun, model__components={"vae": str(world["model"] / "vae")})
+    labels = load(PreferConfig, world["prefer"])
+    for lora in (None, tmp_path / "begun"):
+        model = Model(path=around, components={"vae": around / "vae"}, lora=lora)
+        source = labels.sources[0].model_copy(update={"model": model})
+        assert rounds._ours(config, labels.model_copy(update={"sources": (source,)})) == [0]
+
+
+def test_the_first_policy_is_the_lora_that_training_begins_with(
+    world: dict[str, Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(world, tmp_path / "run", lora={"rank": 4, "init": str(whole / "export")})
+    seen = []
+
+    def labelled(config: TrainConfig, labels: PreferConfig, policy: Path | None, number: int, home: Path) -> Path:
+        raise KeyboardInterrupt(policy)
+
+    monkeypatch.setattr(rounds, "_labelled", labelled)
+    monkeypatch.setattr(rounds, "_look", lambda config, labels, policy, home: seen.append(policy))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        rounds.run(config)
+    assert seen == [whole / "export"] and caught.value.args == (whole / "export",)
+
+
+def _means(
+    world: dict[str, Path], folder: Path, rewards: list[dict[str, Any]], evaluators: list[dict[str, Any]]
+) -> dict[str, float]:
+    """What a look at the base finds, with these rewards and held-out evaluators."""
+    tree = yaml.safe_load(world["prefer"].read_text())
+    labels = PreferConfig.model_validate({**tree, "rewards": rewards})
+    held = HeldOut.model_validate({"prompts": world["held"], "limit": 1, "evaluators": evaluators})
+    config = _config(world, folder / "run")
+    return rounds._rewards(config, labels, held, None, folder / "held_out")
+
+
+def test_two_rewards_of_one_evaluator_are_looked_at_once(world: dict[str, Path], tmp_path: Path) -> None:
+    rewards = [{"name": "colours", "subscore": name, "column": name} for name in ("red", "green")]
+    found = _means(world, tmp_path, rewards, [{"name": "blueness"}, {"name": "colours"}])
+    names = {"reward/colours/red", "reward/colours/green", "held_out/colours/blue", "held_out/blueness"}
+    assert set(found) == names
+
+
+def test_an_evaluator_with_other_parameters_is_held_out(world: dict[str, Path], tmp_path: Path) -> None:
+    """It is the one that shows a hacked reward; only the reward itself counts as trained on."""
+    found = _means(world, tmp_path, [{"name": "shade"}], [{"name": "shade", "params": {"channel": 2}}])
+    assert set(found) == {"reward/shade", "held_out/shade[channel=2]"}
+    again = _means(world, tmp_path, [{"name": "shade", "params": {"channel": 2}}], [{"name": "shade"}])
+    assert set(again) == {"held_out/shade", "reward/shade[channel=2]"}
+
+
+def test_mistyped_subscores_are_heard_of_at_the_first_look(world: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no sub-score 'rde'"):
+        _means(world, tmp_path, [{"name": "colours", "subscore": "rde"}], [])
+
+
+@pytest.mark.parametrize("edited", ["held", "pairs"])
+def test_edited_files_are_not_mixed_into_a_run(world: dict[str, Path], tmp_path: Path, edited: str) -> None:
+    own = world | {"held": tmp_path / "held.txt", "pairs": preferences(tmp_path, pairs=2)}
+    own["held"].write_text("a circle\n")
+    config, labels = _config(own, tmp_path / "run"), load(PreferConfig, world["prefer"])
+    rounds._prepare(config, rounds._contents(config, labels), resume=False)
+    before = own[edited].read_text()
+    own[edited].write_text(before + before)
+    rounds._prepare(config, rounds._contents(config, labels), resume=True)  # nothing was looked at yet
+    (tmp_path / "run/base").mkdir()
+    (tmp_path / "run/base/look.json").write_text("{}")
+    own[edited].write_text(before)
+    key = {"held": "prompts", "pairs": "pairs"}[edited]
+    with pytest.raises(
+        ValueError, match=rf"begun with other content of: online\.held_out\.{key}\. .*put the files back"
+    ):
+        rounds.run(config, resume=True)
+    own[edited].write_text(before + before)
+    rounds._prepare(config, rounds._contents(config, labels), resume=True)
+
+
+def test_a_run_of_before_contents_were_kept_goes_on(world: dict[str, Path], tmp_path: Path) -> None:
+    config, labels = _config(world, tmp_path / "run"), load(PreferConfig, world["prefer"])
+    contents = rounds._contents(config, labels)
+    rounds._prepare(config, contents, resume=False)
+    signed = tmp_path / "run/online.json"
+    kept = json.loads(signed.read_text())
+    assert kept.pop("contents") == contents
+    signed.write_text(json.dumps(kept))
+    rounds._prepare(config, contents, resume=True)
+    assert json.loads(signed.read_text())["contents"] == contents
+
+
+def test_missing_files_and_mixed_up_evaluators_leave_no_folder(world: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"online\.held_out\.prompts: .* does not exist"):
+        rounds.run(_config(world | {"held": tmp_path / "none.txt"}, tmp_path / "run"))
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    two = [{"name": "shade", "params": {"checkpoint": str(tmp_path / name)}} for name in "ab"]
+    tree = yaml.safe_load(world["prefer"].read_text())
+    (tmp_path / "prefer.yaml").write_text(yaml.safe_dump({**tree, "rewards": two[:1]}))
+    config = _config(world | {"prefer": tmp_path / "prefer.yaml"}, tmp_path / "run")
+    assert config.online is not None and config.online.held_out is not None
+    held = config.online.held_out.model_copy(update={"evaluators": (EvaluatorSpec(**two[1]),)})
+    online = config.online.model_copy(update={"held_out": held})
+    with pytest.raises(ValueError, match="shade is asked for with two different checkpoints"):
+        rounds.run(config.model_copy(update={"online": online}))
     assert not (tmp_path / "run").exists()
 
 
