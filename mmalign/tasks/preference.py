@@ -311,11 +311,10 @@ class PreferenceTask:
         model = self.config.model
         if {*DENOISER} & {*model.from_scratch}:
             raise ValueError("reference.kind: cached cannot tell fresh weights apart; drop model.from_scratch")
-        found = {
-            name: value for name, value in base.fingerprint(self._reference_model()).items() if name != "scheduler"
-        }
-        found["scheduler"] = base.fingerprint(model)["scheduler"]  # t, noise and target are the trained model's
+        found = base.fingerprint(self._reference_model())
         key = {name: value for name, value in found.items() if name in (*DENOISER, "lora")}
+        if self.config.reference.model:  # t, noise and target are the trained model's
+            key["scheduler"] = base.fingerprint(model)["scheduler"]
         return {**key, "dtype": str(finish.frozen_dtype(self.config))}
 
     def _measure_all(self) -> None:
