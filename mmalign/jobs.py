@@ -25,14 +25,16 @@ FAMILIES = {
     "pixart": "PixArt-Sigma: transformer, eps prediction, T5 with its padding masked",
     "sana": "Sana: linear-attention transformer, flow matching, deterministic autoencoder of factor 32, Gemma 2",
     "qwen_image": "Qwen-Image: MMDiT, flow matching, packed latents, Qwen2.5-VL as text encoder",
+    "wan": "Wan 2.1 and 2.2 text-to-video: transformer over space and time, flow matching, causal 3D autoencoder, UMT5",
 }
 
 
 # ---------------------------------------------------------------------------------------------- shared
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Family = Literal[
-    "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "open_clip", "image_reward", "qwen2_vl"
-]
+    "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan",
+    "open_clip", "image_reward", "qwen2_vl",
+]  # fmt: skip
 
 
 class Model(Strict):
@@ -109,13 +111,37 @@ class Data(Strict):
     )
     bucket_step: PositiveInt = Field(64, description="sides of buckets are multiples of this, in pixels")
     bucket_max_aspect: float = Field(2.0, ge=1, description="longest side of a bucket, relative to its other side")
-    crop: Literal["center", "random"] = Field("center", description="one crop for the whole pair")
+    frames: PositiveInt | None = Field(
+        None, description="of a clip, for video families: the autoencoder's stride times k, plus 1 (docs/train.md)"
+    )
+    fps: float | None = Field(
+        None, gt=0, description="clips are resampled to this rate; null: each keeps its own, whatever that is"
+    )
+    frame_buckets: tuple[PositiveInt, ...] = Field(
+        (), description="shorter lengths too, e.g. [17, 33]: a group of clips gets the longest that all of it fills"
+    )
+    bucket_budget: Literal["frame", "clip"] = Field(
+        "frame", description="what data.resolution holds for: every frame, or the longest clip (shorter are larger)"
+    )
+    crop: Literal["center", "random"] = Field(
+        "center", description="one crop for the whole pair; of a longer clip center takes the beginning"
+    )
     flip: Probability = Field(0.0, description="probability of a horizontal flip, one for the whole pair")
     caption_dropout: Probability = Field(0.0, description="probability of an empty caption, one for the whole pair")
     cache: Literal["off", "memory", "disk"] = Field("disk", description="where latents and prompt embeddings are kept")
     cache_dir: Path | None = Field(
         None, description="folder of the disk cache; default: $MMALIGN_CACHE or the user's cache"
     )
+
+    @model_validator(mode="after")
+    def _clips(self) -> Data:
+        if self.frames is None and (self.fps is not None or self.frame_buckets or self.bucket_budget != "frame"):
+            raise ValueError("data.fps, data.frame_buckets and data.bucket_budget are about clips: give data.frames too")
+        if self.frame_buckets and max(self.frame_buckets) >= (self.frames or 0):
+            raise ValueError("data.frame_buckets are shorter than data.frames, which is the longest")
+        if self.bucket_budget == "clip" and not self.frame_buckets:
+            raise ValueError("data.bucket_budget: clip shares pixels among lengths; give data.frame_buckets")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -345,6 +371,11 @@ class Sampling(Strict):
     negative_weight: float = Field(1.0, ge=0, description="of its update, on top of the model's own weights")
     height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     width: PositiveInt | None = None
+    frames: PositiveInt | None = Field(None, description="of a clip, for video families; default: the pipeline's own")
+    fps: float | None = Field(None, gt=0, description="at which a clip plays; default: the family's own")
+    lossless: bool = Field(
+        False, description="clips as RGB H.264 that is read back bit for bit; few browsers play it"
+    )
     scheduler: Literal["own", "ddim", "dpm++", "dpm++sde", "euler"] = Field(
         "own", description="own: the one in the checkpoint folder; dpm++sde adds noise at each step"
     )

@@ -12,7 +12,9 @@ from mmalign import judgements, tables
 from mmalign.jobs import Data
 from mmalign.judgements import Group
 from mmalign.paths import find
+from mmalign.shapes.clip_data import drawn_clips, judged_clips
 from mmalign.shapes.data import drawings, judged_groups
+from mmalign.tasks.lengths import long_enough
 
 WORTH_A_POOL = 5000  # pairs, a hundred seconds of judging in one process
 
@@ -29,20 +31,33 @@ def singles(data: Data) -> tuple[list[Single], str]:
     """Captioned pictures, and a sentence that says how many rows were kept and dropped and why."""
     if data.shapes:
         wanted = data.shapes
-        drawn = drawings(wanted.scenes, wanted.seed, held_out=wanted.held_out, counts=wanted.counts)
+        if data.frames is None:
+            drawn: list[Any] = drawings(wanted.scenes, wanted.seed, held_out=wanted.held_out, counts=wanted.counts)
+        else:
+            drawn = drawn_clips(
+                wanted.scenes, wanted.seed, held_out=wanted.held_out, counts=wanted.counts, **_clips(data)
+            )
         summary = f"drew {len(drawn)} scenes"
         return _some([Single(str(drawing.caption), drawing) for drawing in drawn], data, summary)[: data.limit], summary
     assert data.table is not None
     table = tables.captioned(find(data.table), data.root, data.verify)
-    found = [Single(row.prompt, row.media) for row in table.rows]
-    return _some(found, data, table.summary())[: data.limit], table.summary()
+    rows, short = long_enough(table.rows, lambda row: (row.media,), data)
+    summary = tables.summary(len(rows), [*table.dropped, *short])
+    found = [Single(row.prompt, row.media) for row in rows]
+    return _some(found, data, summary)[: data.limit], summary
+
+
+def _clips(data: Data) -> dict[str, Any]:
+    """How clips of the shapes world are drawn for these data."""
+    told: dict[str, Any] = {"frames": data.frames, "side": data.resolution}
+    return told | ({"fps": data.fps} if data.fps else {})
 
 
 def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[list[Group], str]:
     """Judged pictures as an objective takes them, and the same sentence."""
     if data.shapes:
         wanted = data.shapes
-        found = judged_groups(
+        found = (judged_groups if data.frames is None else judged_clips)(
             wanted.scenes,
             wanted.seed,
             wanted.annotator,
@@ -51,13 +66,16 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
             held_out=wanted.held_out,
             counts=wanted.counts,
             processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
+            **({} if data.frames is None else _clips(data)),
         )
         found = found[: data.limit]
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
     else:
         assert data.table is not None
         table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension)
-        found, summary = judgements.judged(table.rows[: data.limit], data), table.summary()
+        rows, short = long_enough(table.rows, lambda row: row.media, data)
+        found = judgements.judged(rows[: data.limit], data)
+        summary = tables.summary(len(rows), [*table.dropped, *short])
     kept = judgements.AS[items](found, data)
     used = f", of the first {data.limit}" if data.limit else ""
     summary = f"{summary}; {len(kept)} {items}{used}, ties: {data.ties}"
