@@ -15,12 +15,12 @@ import torch
 from mmalign.config import dump
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
-from mmalign.media import clip_facts, write_image, write_video
+from mmalign.media import write_image, write_video
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
-from mmalign.models.video import VideoAdapter
 from mmalign.models.negative import guide_away
+from mmalign.models.video import VideoAdapter
 from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import Record, missing_columns, read_records
@@ -214,6 +214,8 @@ def _write(config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapt
 
 
 def _clip_facts(path: Path) -> dict[str, Any]:
+    from mmalign.media import clip_facts
+
     facts = clip_facts(path)
     return {"modality": "video", "fps": facts.fps, "num_frames": facts.num_frames}
 

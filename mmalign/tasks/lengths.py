@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 from mmalign.formats import Dropped
 from mmalign.jobs import Data
-from mmalign.media import MediaError, clip_facts
+from mmalign.media import MediaError
 from mmalign.progress import track
 
 Item = TypeVar("Item")
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts(medium: Any, fps: float | None) -> tuple[tuple[int, int], int]:
     """Height and width of a clip, and how many frames it has at `fps`. MediaError for one that cannot be read."""
     if hasattr(medium, "clip"):
         return medium.size, int(medium.num_frames)
+    from mmalign.media import clip_facts
+
     found = clip_facts(medium, fps=fps)
     return (found.height, found.width), found.num_frames
 
