@@ -15,7 +15,7 @@ import torch
 from mmalign.config import dump
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
-from mmalign.media import write_image, write_video
+from mmalign.media import clip_facts, write_image, write_video
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
@@ -214,8 +214,6 @@ def _write(config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapt
 
 
 def _clip_facts(path: Path) -> dict[str, Any]:
-    from mmalign.media import clip_facts
-
     facts = clip_facts(path)
     return {"modality": "video", "fps": facts.fps, "num_frames": facts.num_frames}
 

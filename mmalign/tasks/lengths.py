@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from mmalign.formats import Dropped
 from mmalign.jobs import Data
-from mmalign.media import MediaError
+from mmalign.media import MediaError, clip_facts
 from mmalign.progress import track
 
 Item = TypeVar("Item")
@@ -19,10 +19,8 @@ def facts(medium: Any, fps: float | None) -> tuple[tuple[int, int], int]:
     """Height and width of a clip, and how many frames it has at `fps`. MediaError for one that cannot be read."""
     if hasattr(medium, "clip"):
         return medium.size, int(medium.num_frames)
-    from mmalign.media import clip_facts
-
-    found = clip_facts(medium, fps=fps)
-    return (found.height, found.width), found.num_frames
+    found = clip_facts(medium)
+    return (found.height, found.width), found.frames_at(fps) if fps else found.num_frames
 
 
 def long_enough(

@@ -12,7 +12,7 @@ from mmalign import judgements, tables
 from mmalign.jobs import Data
 from mmalign.judgements import Group
 from mmalign.paths import find
-from mmalign.shapes.clip_data import drawn_clips
+from mmalign.shapes import clip_data
 from mmalign.shapes.data import drawings, judged_groups
 from mmalign.tasks.lengths import long_enough
 
@@ -32,7 +32,7 @@ def singles(data: Data) -> tuple[list[Single], str]:
     if data.shapes:
         wanted = data.shapes
         told = {"held_out": wanted.held_out, **({"counts": wanted.counts} if wanted.counts else {}), **_clips(data)}
-        drawn: list[Any] = (drawn_clips if data.frames else drawings)(wanted.scenes, wanted.seed, **told)
+        drawn: list[Any] = (clip_data.drawn_clips if data.frames else drawings)(wanted.scenes, wanted.seed, **told)
         summary = f"drew {len(drawn)} scenes"
         return _some([Single(str(drawing.caption), drawing) for drawing in drawn], data, summary)[: data.limit], summary
     assert data.table is not None
@@ -53,7 +53,7 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
     """Judged pictures as an objective takes them, and the same sentence."""
     if data.shapes:
         wanted = data.shapes
-        found = (judged_clips if data.frames else judged_groups)(
+        found = (clip_data.judged_clips if data.frames else judged_groups)(
             wanted.scenes,
             wanted.seed,
             wanted.annotator,
