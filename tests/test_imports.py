@@ -76,6 +76,7 @@ LAYERS: list[set[str]] = [
         "decoding",
         "source",
         "video",
+        "video_container",
         "video_writer",
         "frame_plans",
         "cache",
