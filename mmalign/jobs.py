@@ -67,9 +67,10 @@ class Shapes(Strict):
     scenes: PositiveInt = Field(20000, description="how many different scenes")
     seed: int = 1
     held_out: bool = Field(False, description="captions from the held-out tenth of the grammar")
-    counts: tuple[float, ...] = Field(
-        (0.6, 0.3, 0.1), min_length=1, max_length=3, description="share of one, two and three shapes"
-    )
+    counts: tuple[float, ...] | None = Field(
+        None, min_length=1, max_length=3,
+        description="share of one, two and three shapes; default: 0.6, 0.3, 0.1 of pictures, 0.75, 0.25 of clips",
+    )  # fmt: skip
     annotator: str = Field("faithful", description="who judges the pairs, for tasks that need pairs")
     votes: PositiveInt = Field(1, description="how often each pair is judged; the label is the winner's share of votes")
     per_prompt: int = Field(2, ge=2, description="pictures of each caption, for objectives on lists and rewards")
@@ -141,7 +142,9 @@ class Data(Strict):
     @model_validator(mode="after")
     def _clips(self) -> Data:
         if self.frames is None and (self.fps is not None or self.frame_buckets or self.bucket_budget != "frame"):
-            raise ValueError("data.fps, data.frame_buckets and data.bucket_budget are about clips: give data.frames too")
+            raise ValueError(
+                "data.fps, data.frame_buckets and data.bucket_budget are about clips: give data.frames too"
+            )
         if self.frame_buckets and max(self.frame_buckets) >= (self.frames or 0):
             raise ValueError("data.frame_buckets are shorter than data.frames, which is the longest")
         if self.bucket_budget == "clip" and not self.frame_buckets:
@@ -378,9 +381,7 @@ class Sampling(Strict):
     width: PositiveInt | None = None
     frames: PositiveInt | None = Field(None, description="of a clip, for video families; default: the pipeline's own")
     fps: float | None = Field(None, gt=0, description="at which a clip plays; default: the family's own")
-    lossless: bool = Field(
-        False, description="clips as RGB H.264 that is read back bit for bit; few browsers play it"
-    )
+    lossless: bool = Field(False, description="clips as RGB H.264 that is read back bit for bit; few browsers play it")
     scheduler: Literal["own", "ddim", "dpm++", "dpm++sde", "euler"] = Field(
         "own", description="own: the one in the checkpoint folder; dpm++sde adds noise at each step"
     )

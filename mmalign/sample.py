@@ -19,8 +19,8 @@ from mmalign.media import clip_facts, write_image, write_video
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
-from mmalign.models.video import VideoAdapter
 from mmalign.models.negative import guide_away
+from mmalign.models.video import VideoAdapter
 from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import Record, missing_columns, read_records

@@ -75,6 +75,7 @@ LAYERS: list[set[str]] = [
         "decoding",
         "source",
         "video",
+        "video_container",
         "video_writer",
         "frame_plans",
         "cache",

@@ -106,5 +106,5 @@ class VideoAdapter(Adapter):
 
 def channel_statistics(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each latent channel, [C, 1, 1, 1], of an autoencoder that has them in its config."""
-    mean, std = (like.new_tensor(list(value))[:, None, None, None] for value in (config.latents_mean, config.latents_std))
-    return mean, std
+    mean, std = (like.new_tensor(list(values)) for values in (config.latents_mean, config.latents_std))
+    return mean[:, None, None, None], std[:, None, None, None]

@@ -36,7 +36,7 @@ class AutoencoderTask:
         check_sizes(self.adapter, config.data)
         self.vae = self.adapter.vae.requires_grad_(True).train()
         if device.type == "cpu":
-            self.vae.to(memory_format=torch.channels_last)
+            _lay_out(self.vae, torch.channels_last, torch.channels_last_3d)
         self.modules = nn.ModuleDict({"vae": self.vae})
         self.facts: dict[str, Any] = {"data": dropped, "contents": sources.digest(self.items)}
 
@@ -101,10 +101,18 @@ class AutoencoderTask:
             self.vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
         else:
             whiten(self.vae, mean, var)
-        self.vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+        _lay_out(self.vae, torch.contiguous_format, torch.contiguous_format)
+        self.vae.save_pretrained(folder / "vae")
 
     def describe(self, batch: dict[str, Any]) -> str:
         return ", ".join(self.items[i].media.name for i in batch["items"])
+
+
+def _lay_out(vae: nn.Module, flat: torch.memory_format, deep: torch.memory_format) -> None:
+    """Puts the weights of convolutions into a memory format; with channels last a CPU is up to four times faster."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.to(memory_format=flat if isinstance(module, nn.Conv2d) else deep)
 
 
 @torch.no_grad()

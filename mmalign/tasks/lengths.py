@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 from mmalign.formats import Dropped
@@ -14,13 +14,13 @@ from mmalign.progress import track
 Item = TypeVar("Item")
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts(medium: Any, fps: float | None) -> tuple[tuple[int, int], int]:
     """Height and width of a clip, and how many frames it has at `fps`. MediaError for one that cannot be read."""
     if hasattr(medium, "clip"):
         return medium.size, int(medium.num_frames)
-    found = clip_facts(medium, fps=fps)
-    return (found.height, found.width), found.num_frames
+    found = clip_facts(medium)
+    return (found.height, found.width), found.frames_at(fps) if fps else found.num_frames
 
 
 def long_enough(

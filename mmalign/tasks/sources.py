@@ -12,7 +12,7 @@ from mmalign import judgements, tables
 from mmalign.jobs import Data
 from mmalign.judgements import Group
 from mmalign.paths import find
-from mmalign.shapes.clip_data import drawn_clips, judged_clips
+from mmalign.shapes import clip_data
 from mmalign.shapes.data import drawings, judged_groups
 from mmalign.tasks.lengths import long_enough
 
@@ -31,12 +31,8 @@ def singles(data: Data) -> tuple[list[Single], str]:
     """Captioned pictures, and a sentence that says how many rows were kept and dropped and why."""
     if data.shapes:
         wanted = data.shapes
-        if data.frames is None:
-            drawn: list[Any] = drawings(wanted.scenes, wanted.seed, held_out=wanted.held_out, counts=wanted.counts)
-        else:
-            drawn = drawn_clips(
-                wanted.scenes, wanted.seed, held_out=wanted.held_out, counts=wanted.counts, **_clips(data)
-            )
+        told = {"held_out": wanted.held_out, **({"counts": wanted.counts} if wanted.counts else {}), **_clips(data)}
+        drawn: list[Any] = (clip_data.drawn_clips if data.frames else drawings)(wanted.scenes, wanted.seed, **told)
         summary = f"drew {len(drawn)} scenes"
         return _some([Single(str(drawing.caption), drawing) for drawing in drawn], data, summary)[: data.limit], summary
     assert data.table is not None
@@ -48,25 +44,25 @@ def singles(data: Data) -> tuple[list[Single], str]:
 
 
 def _clips(data: Data) -> dict[str, Any]:
-    """How clips of the shapes world are drawn for these data."""
-    told: dict[str, Any] = {"frames": data.frames, "side": data.resolution}
-    return told | ({"fps": data.fps} if data.fps else {})
+    """How clips of the shapes world are drawn for these data; nothing for pictures."""
+    told = {"frames": data.frames, "side": data.resolution, "fps": data.fps}
+    return {name: value for name, value in told.items() if value} if data.frames else {}
 
 
 def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[list[Group], str]:
     """Judged pictures as an objective takes them, and the same sentence."""
     if data.shapes:
         wanted = data.shapes
-        found = (judged_groups if data.frames is None else judged_clips)(
+        found = (clip_data.judged_clips if data.frames else judged_groups)(
             wanted.scenes,
             wanted.seed,
             wanted.annotator,
             votes=wanted.votes,
             per_prompt=wanted.per_prompt,
             held_out=wanted.held_out,
-            counts=wanted.counts,
             processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
-            **({} if data.frames is None else _clips(data)),
+            **({"counts": wanted.counts} if wanted.counts else {}),
+            **_clips(data),
         )
         found = found[: data.limit]
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
