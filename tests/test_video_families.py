@@ -30,6 +30,8 @@ from mmalign.jobs import Model
 from mmalign.models import base
 from mmalign.models.video import VideoAdapter
 
+SIDES = ("height", "width")
+
 
 @pytest.fixture(scope="module", name="folders")
 def _folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -50,7 +52,9 @@ def _compare_first_calls(adapter: VideoAdapter) -> None:
         draw(adapter)
     with recorded(adapter.denoiser) as ours, torch.no_grad():
         found = adapter.predict(start(adapter), times(adapter)[:1].expand(2), adapter.encode_prompt(PROMPTS))
-    unread = {"return_dict"} | ({"guidance"} if adapter.guidance is None else set())  # a transformer without its weights
+    unread = {"return_dict"} | (
+        {"guidance"} if adapter.guidance is None else set()
+    )  # a transformer without its weights
     told = {name: value for name, value in theirs[0].items() if value is not None and name not in unread}
     assert told.keys() >= {"hidden_states", "timestep", "output"}
     for name, value in told.items():
@@ -107,7 +111,9 @@ def test_guidance_uses_the_empty_prompt_as_training_does(adapter: VideoAdapter) 
     together = len(calls[0]["hidden_states"]) == 4
     assert together == adapter.guides_in_one_call
     if not together and len(calls) == 2:
-        assert adapter.guidance is not None, "one call for each step: guidance is a number, and there is no empty prompt"
+        assert adapter.guidance is not None, (
+            "one call for each step: guidance is a number, and there is no empty prompt"
+        )
         return
     with recorded(adapter.denoiser) as ours, torch.no_grad():
         adapter.predict(start(adapter), times(adapter)[:1].expand(2), adapter.encode_prompt(["", ""]))
@@ -141,7 +147,7 @@ def test_what_a_row_means_does_not_depend_on_its_neighbours(adapter: VideoAdapte
                 torch.testing.assert_close(value[0], both[name][i], rtol=0, atol=1e-5)
             found = adapter.predict(noisy[i : i + 1], t[i : i + 1], alone)
             torch.testing.assert_close(found[0], together[i], rtol=0, atol=1e-5)
-            torch.testing.assert_close(adapter.decode(noisy[i : i + 1])[0], clips[i], rtol=0, atol=1e-5)
+            torch.testing.assert_close(adapter.decode(noisy[i : i + 1])[0], clips[i], rtol=1e-5, atol=1e-5)
 
 
 def test_times_are_shifted_as_the_pipeline_shifts_them(adapter: VideoAdapter) -> None:
@@ -239,7 +245,7 @@ def test_sliced_clips_are_the_same(adapter: VideoAdapter) -> None:
         finally:
             adapter.vae.disable_slicing()
     for one, other in zip(whole, sliced, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -248,14 +254,16 @@ def test_tiled_clips_are_as_large(name: str, folders: dict[str, Path]) -> None:
     noisy = torch.randn(1, *adapter.latent_shape(64, 64, FRAMES), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = adapter.decode(noisy)
-        adapter.vae.enable_tiling()
-        for side in ("height", "width"):
-            for size in ("tile_sample_min", "tile_sample_stride", "tile_latent_min"):
-                if hasattr(adapter.vae, f"{size}_{side}"):
-                    pixel = 1 if "sample" in size else adapter.vae_factor
-                    setattr(adapter.vae, f"{size}_{side}", (24 if "stride" in size else 32) // pixel)
         if name == "animatediff":
+            adapter.vae.enable_tiling()
             adapter.vae.tile_sample_min_size, adapter.vae.tile_latent_min_size = 32, 8
+        elif name == "cogvideox-2b":
+            adapter.vae.enable_tiling(32, 32, 0.25, 0.25)
+        else:
+            sides = {
+                f"tile_sample_{kind}_{side}": size for kind, size in (("min", 32), ("stride", 24)) for side in SIDES
+            }
+            adapter.vae.enable_tiling(**sides)
         tiled = adapter.decode(noisy)
     assert tiled.shape == whole.shape
     assert not torch.equal(tiled, whole), "tiles see less of each other"
