@@ -17,9 +17,9 @@ from typing import Any
 from mmalign import audit_figures as figures
 from mmalign.audit_table import PROPERTIES, Judgement, Key, evaluate, folder_scores, judgements, own_scores, properties
 from mmalign.figures import number
-from mmalign.formats import counted
 from mmalign.jobs import EvaluatorSpec
 from mmalign.prefer_summary import interval, percent
+from mmalign.preference_row import counted
 from mmalign.results import read_results
 from mmalign.routing import asked_about, of_rewards, refuse_overwriting, table_files
 from mmalign.source import whole_file

@@ -26,6 +26,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from mmalign.source import (
     MIN_SIDE,
+    ClipTooShort,
     MediaError,
     Readable,
     Source,
@@ -63,6 +64,7 @@ __all__ = [
     "AllFrames",
     "Clip",
     "ClipFacts",
+    "ClipTooShort",
     "CommonFps",
     "EveryFps",
     "FramePlan",

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mmalign import labelling
-from mmalign.formats import Verdict
 from mmalign.jobs_prefer import PHI, Route
 from mmalign.media_table import portable, to_json
+from mmalign.preference_row import Verdict
 from mmalign.records import MediaRef, Record, Records, json_lines, missing_columns, read_records
 from mmalign.report_media import inline
 from mmalign.source import whole_file

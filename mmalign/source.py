@@ -28,6 +28,10 @@ class MediaError(ValueError):
         self.problem = problem
 
 
+class ClipTooShort(MediaError):
+    """A clip that holds fewer frames than were asked for."""
+
+
 @runtime_checkable
 class Readable(Protocol):
     """Anything that can hand out its bytes, such as `mmalign.tables.MediaRef`."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mmalign.formats import ADAPTERS, FORMATS, OVERALL, Adapter, Dropped, PreferenceRow
-from mmalign.media import MediaError, check_media
+from mmalign.formats import ADAPTERS, FORMATS, Adapter
+from mmalign.formats_video import videodpo_files, videodpo_records
+from mmalign.media import VIDEO_SUFFIXES, ClipTooShort, CommonFps, MediaError, check_media, check_video
 from mmalign.media_table import (
     MediaRow,
     columns,
@@ -25,6 +27,7 @@ from mmalign.media_table import (
     write_json_lines,
     write_media_table,
 )
+from mmalign.preference_row import OVERALL, Dropped, PreferenceRow, Resampled
 from mmalign.progress import track
 from mmalign.records import MediaRef, Record, Records, missing_columns, read_records
 
@@ -58,7 +61,11 @@ class PreferenceTable:
 
     def summary(self) -> str:
         """Such as "kept 10 of 12 rows; dropped 2: 1 no label, 1 undecodable image (train.parquet row 7 jpg_1)"."""
-        return _summary(len(self.rows), self.dropped)
+        return _summary(len(self.rows), self.dropped) + _told(self.resampling())
+
+    def resampling(self) -> dict[str, Any]:
+        """How clips are read, for run.json; empty for pictures, and where `clips` was not given."""
+        return _resampling((row.media, row.resampled) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Captioned:
     prompt: str
     media: MediaRef
     origin: str
+    resampled: tuple[Resampled, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,11 @@ class CaptionedTable:
 
     def summary(self) -> str:
         """As that of a `PreferenceTable`."""
-        return _summary(len(self.rows), self.dropped)
+        return _summary(len(self.rows), self.dropped) + _told(self.resampling())
+
+    def resampling(self) -> dict[str, Any]:
+        """As that of a `PreferenceTable`."""
+        return _resampling(((row.media,), row.resampled) for row in self.rows)
 
 
 def _summary(kept: int, dropped: Sequence[Dropped]) -> str:
@@ -90,6 +102,26 @@ def _summary(kept: int, dropped: Sequence[Dropped]) -> str:
         by_reason.setdefault(each.reason, []).append(each.origin)
     parts = [f"{len(origins)} {reason}{_where(reason, origins)}" for reason, origins in by_reason.items()]
     return f"kept {kept} of {kept + len(dropped)} rows; dropped {len(dropped)}: {', '.join(parts)}"
+
+
+def _resampling(rows: Iterable[tuple[Sequence[MediaRef], Sequence[Resampled] | None]]) -> dict[str, Any]:
+    """`to_fps`, `frames`, `clips` (different ones), `from_fps` (rate -> clips)."""
+    held = {ref: one for media, found in rows for ref, one in zip(media, found or (), strict=False)}
+    if not held:
+        return {}
+    first = next(iter(held.values()))
+    rates = Counter(round(one.from_fps, 3) for one in held.values())
+    from_fps = {f"{rate:g}": count for rate, count in sorted(rates.items())}
+    return {"to_fps": first.to_fps, "frames": first.frames, "clips": len(held), "from_fps": from_fps}
+
+
+def _told(resampling: dict[str, Any]) -> str:
+    if not resampling:
+        return ""
+    rates = ", ".join(f"{count} at {rate}" for rate, count in resampling["from_fps"].items())
+    to = resampling["to_fps"]
+    what = "read frame by frame" if to is None else f"read at {to:g} frames per second"
+    return f"; {resampling['clips']} clips are {what}, {resampling['frames']} frames each ({rates})"
 
 
 def _where(reason: str, origins: Sequence[str]) -> str:
@@ -104,7 +136,8 @@ def read_preferences(
     format: str = "auto",
     root: str | Path | None = None,
     verify: bool = True,
-    dimension: str | None = None,
+    dimension: str | Sequence[str] | None = None,
+    clips: CommonFps | None = None,
 ) -> PreferenceTable:
     """Read a preference table: a file, a folder of parquet files, or a folder with `chosen/` and `rejected/`.
 
@@ -113,7 +146,10 @@ def read_preferences(
         format: a name in `FORMATS`, or "auto" to tell it by its columns.
         root: where relative media paths start; default the table's folder.
         verify: decode every image and clip now (in threads), and drop the rows where one fails, caption and all.
-        dimension: keep this dimension alone, and drop the rows that were not judged on it.
+        dimension: keep this dimension alone, and drop the rows that were not judged on it. Of several, keep the rows
+            that were judged on one of them, whole.
+        clips: what the table holds are clips, of which training takes so many frames at this rate. While they are
+            verified, rows with a shorter one are dropped whole, and each row is told how its clips are `resampled`.
 
     Raises:
         ValueError: no such file, an empty table, no rows left, an unknown format, or a column missing (the message
@@ -124,21 +160,25 @@ def read_preferences(
     dropped: list[Dropped] = []
     for outcome in adapter.rows(records):
         if isinstance(outcome, PreferenceRow) and dimension is not None:
-            outcome = _only(outcome, dimension)
+            outcome = _only(outcome, dimension) if isinstance(dimension, str) else _one_of(outcome, dimension)
         if isinstance(outcome, PreferenceRow):
             kept.append(outcome)
         else:
             dropped.append(outcome)
     if verify:
-        kept, undecodable = _verified(kept, lambda row: row.media)
+        kept, undecodable = _verified(kept, lambda row: row.media, clips)
         dropped += undecodable
     table = PreferenceTable(kept, dropped)
     _report(path, bool(kept), dropped, table.summary())
     return table
 
 
-def captioned(path: str | Path, root: str | Path | None = None, verify: bool = True) -> CaptionedTable:
+def captioned(
+    path: str | Path, root: str | Path | None = None, verify: bool = True, clips: CommonFps | None = None
+) -> CaptionedTable:
     """Read a media table (as `read_media_table`) for fine-tuning: its rows with a prompt, undecodable media dropped.
+
+    `clips` as for `read_preferences`.
 
     Raises ValueError as `read_media_table` does, for a table without a `prompt` column, and when no row can be used.
     """
@@ -155,7 +195,7 @@ def captioned(path: str | Path, root: str | Path | None = None, verify: bool = T
         else:
             dropped.append(Dropped(origin, "no prompt", "the prompt is empty"))
     if verify:
-        kept, undecodable = _verified(kept, lambda row: (row.media,))
+        kept, undecodable = _verified(kept, lambda row: (row.media,), clips)
         dropped += undecodable
     table = CaptionedTable(kept, dropped)
     _report(path, bool(kept), dropped, table.summary())
@@ -175,6 +215,8 @@ def _open(path: Path, format: str, root: str | Path | None) -> tuple[Records, Ad
     joined = path.is_dir() and (path / "chosen").is_dir() and (path / "rejected").is_dir()
     if format == "folder" or (format == "auto" and joined):
         return _joined_folders(path, joined), ADAPTERS["folder"]
+    if format == "videodpo" or (format == "auto" and path.is_dir() and videodpo_files(path)):
+        return videodpo_records(path, root), ADAPTERS["videodpo"]
     records = read_records(path, root)
     if format != "auto":
         needs = ADAPTERS[format].needs
@@ -183,6 +225,8 @@ def _open(path: Path, format: str, root: str | Path | None) -> tuple[Records, Ad
             raise ValueError(missing_columns(path, closest, records.columns, f"format {format!r}"))
         return records, ADAPTERS[format]
     for name, adapter in ADAPTERS.items():
+        if name == "videodpo" and set(adapter.needs[0]) <= set(records.columns):
+            return videodpo_records(path, root), adapter  # the numbers in it mean places in another file
         if name != "folder" and any(set(each) <= set(records.columns) for each in adapter.needs):
             return records, adapter
     known = [(name, each) for name, adapter in ADAPTERS.items() if name != "folder" for each in adapter.needs]
@@ -215,45 +259,68 @@ def _only(row: PreferenceRow, dimension: str) -> PreferenceRow | Dropped:
     return replace(row, scores=scores, label=label)
 
 
+def _one_of(row: PreferenceRow, dimensions: Sequence[str]) -> PreferenceRow | Dropped:
+    names = row.dimensions()
+    if not set(names) & set(dimensions):
+        return Dropped(row.origin, f"not judged on {' or '.join(dimensions)}", f"it is judged on {', '.join(names)}")
+    return row
+
+
 # ------------------------------------------------------------------------------------------------ verification
 
 _Row = TypeVar("_Row", PreferenceRow, Captioned)
 
 
-def _verified(rows: list[_Row], media: Callable[[_Row], Sequence[MediaRef]]) -> tuple[list[_Row], list[Dropped]]:
-    """Rows whose media all decode, and the others: whole rows, so that no caption is left with another's pictures."""
-    problems: dict[MediaRef, str | None] = {}  # data sets show one image in many pairs
+@dataclass(frozen=True)
+class _Fault:
+    reason: str
+    problem: str
 
-    def fault(row: _Row) -> Dropped | None:
+
+def _verified(
+    rows: list[_Row], media: Callable[[_Row], Sequence[MediaRef]], clips: CommonFps | None
+) -> tuple[list[_Row], list[Dropped]]:
+    """Rows whose media all decode, and the others: whole rows, so that no caption is left with another's pictures."""
+    known: dict[MediaRef, _Fault | Resampled | None] = {}  # data sets show one image in many pairs
+
+    def looked(row: _Row) -> _Row | Dropped:
+        told = []
         for ref in media(row):
-            if ref not in problems:
-                problems[ref] = _problem(ref)
-            problem = problems[ref]
-            if problem is not None:
+            if ref not in known:
+                known[ref] = _look(ref, clips)
+            found = known[ref]
+            if isinstance(found, _Fault):
                 where = ref.name if ref.row is not None else f"{row.origin} {ref.name}"
-                return Dropped(where, "undecodable image", problem)
-        return None
+                return Dropped(where, found.reason, found.problem)
+            told.append(found)
+        return row if clips is None else replace(row, resampled=tuple(told))
 
     kept: list[_Row] = []
     dropped: list[Dropped] = []
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         chunks = (rows[start : start + 256] for start in range(0, len(rows), 256))  # few futures at a time
-        faults = (each for chunk in chunks for each in pool.map(fault, chunk))
-        for row, found in zip(rows, track(faults, "checking media", len(rows)), strict=True):
-            if found is None:
-                kept.append(row)
+        outcomes = (each for chunk in chunks for each in pool.map(looked, chunk))
+        for outcome in track(outcomes, "checking media", len(rows)):
+            if isinstance(outcome, Dropped):
+                dropped.append(outcome)
             else:
-                dropped.append(found)
+                kept.append(outcome)
     return kept, dropped
 
 
-def _problem(ref: MediaRef) -> str | None:
+def _look(ref: MediaRef, clips: CommonFps | None) -> _Fault | Resampled | None:
+    """What is wrong with a file; of a clip that is to be resampled, how."""
     try:
-        check_media(ref)
+        if clips is None:
+            check_media(ref)
+            return None
+        return Resampled(check_video(ref, clips).rate, clips.fps, clips.frames)
+    except ClipTooShort as error:
+        return _Fault("clip too short", error.problem)
     except MediaError as error:
-        return error.problem
-    return None
+        moving = clips is not None or (ref.path is not None and ref.path.suffix.lower() in VIDEO_SUFFIXES)
+        return _Fault(f"undecodable {'clip' if moving else 'image'}", error.problem)
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -262,7 +329,8 @@ def _problem(ref: MediaRef) -> str | None:
 def write_preferences(path: str | Path, rows: Sequence[PreferenceRow]) -> None:
     """Write `rows` in mmalign's own form (.jsonl), whole or not at all; `read_preferences` gives equal rows back.
 
-    Media inside parquet stays there and is written as where it is. ValueError for no rows or another suffix.
+    Media inside parquet stays there and is written as where it is. What is said of resampling is a record, and not
+    read again. ValueError for no rows or another suffix.
     """
     path = Path(path)
     if path.suffix.lower() != ".jsonl" or not rows:
@@ -274,6 +342,8 @@ def write_preferences(path: str | Path, rows: Sequence[PreferenceRow]) -> None:
         judged = {"scores": row.scores, "rank": row.rank, "label": row.label}
         known = {"user_id": row.user_id, "source": row.source, "weight": row.weight if row.weight != 1.0 else None}
         prompt = {"prompt": row.prompt} if row.prompts is None else {"prompts": list(row.prompts)}
-        values = {**prompt, "media": media, **judged, **known}
+        clips: dict[str, Any] = {"fps": row.fps, "num_frames": row.num_frames, "models": row.models}
+        clips["resampled"] = row.resampled and [asdict(one) for one in row.resampled]
+        values = {**prompt, "media": media, **judged, **known, **clips}
         items.append({name: value for name, value in values.items() if value is not None})
     write_json_lines(path, items)

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import av
 import numpy as np
 
-from mmalign.frame_plans import AllFrames, CommonFps, EveryFps, FramePlan, QwenFps, Timeline, Uniform, picked
-from mmalign.source import MediaError, Source, name_of, read_bytes, refuse_shape
+from mmalign.frame_plans import AllFrames, CommonFps, EveryFps, FramePlan, QwenFps, Timeline, TooShort, Uniform, picked
+from mmalign.source import ClipTooShort, MediaError, Source, name_of, read_bytes, refuse_shape
 from mmalign.video_container import MAX_FRAME_PIXELS, Facts, open_clip, short, stream_of, survey, timeline
 
 if TYPE_CHECKING:  # imported where it is used: processes that only decode do without it, and start at once
@@ -145,6 +145,8 @@ def read_frames(
 def _asked(plan: FramePlan, times: Timeline, media: Source) -> tuple[int, ...]:
     try:
         return picked(plan, times)
+    except TooShort as error:
+        raise ClipTooShort(name_of(media), str(error)) from None
     except ValueError as error:
         raise MediaError(name_of(media), str(error)) from None
 
@@ -173,7 +175,8 @@ def clip_frames(source: Source, *, fps: float | None, frames: int, at: float = 0
         at: where the part that is taken lies in the clip, from 0 (at its start) to 1 (at its end).
 
     Raises:
-        MediaError: as in `read_video`, and for a clip too short for as many frames. None is padded.
+        ClipTooShort: there are not as many frames. None is padded.
+        MediaError: as in `read_video`.
     """
     found = read_frames(source, CommonFps(fps, frames, at))
     return np.stack([found.picked[index] for index in found.indices])
