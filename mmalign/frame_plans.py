@@ -70,10 +70,6 @@ class Timeline:
         return max(0, bisect.bisect_right(self.starts, moment + ROUNDING) - 1)
 
 
-class TooShort(ValueError):
-    """A clip has fewer frames than a plan wants."""
-
-
 def _exact(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(100_000)
 
@@ -143,8 +139,7 @@ class CommonFps:
     0 begins with the clip, 1 ends with it. Without `fps` they are `frames` frames in a row, at the clip's own rate.
 
     Raises:
-        TooShort: the clip is shorter than that; frames are never made up at its end.
-        ValueError: its times run backwards.
+        ValueError: the clip is shorter than that, for frames are never made up at its end; or its times run backwards.
     """
 
     fps: float | None
@@ -163,13 +158,13 @@ class CommonFps:
     def on(self, timeline: Timeline) -> list[int]:
         there = self.longest(timeline)
         if there < self.frames:
-            raise TooShort(self._too_short(timeline, there))
+            raise ValueError(self._too_short(timeline, there))
         at, count = Fraction(self.at), len(timeline.starts)
         if self.fps is None:
             first = (at * (count - self.frames) + Fraction(1, 2)).__floor__()
             return list(range(first, first + self.frames))
         step = 1 / _exact(self.fps)
-        start = at * max(timeline.end - self.frames * step, 0)
+        start = at * max(timeline.end - self.frames * step, Fraction(0))
         return [timeline.shown(start + k * step) for k in range(self.frames)]
 
     def longest(self, timeline: Timeline) -> int:

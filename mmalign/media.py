@@ -26,7 +26,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from mmalign.source import (
     MIN_SIDE,
-    ClipTooShort,
     MediaError,
     Readable,
     Source,
@@ -64,7 +63,6 @@ __all__ = [
     "AllFrames",
     "Clip",
     "ClipFacts",
-    "ClipTooShort",
     "CommonFps",
     "EveryFps",
     "FramePlan",

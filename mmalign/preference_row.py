@@ -37,8 +37,8 @@ class PreferenceRow:
     - `label`: per dimension "A", "B" or "same" (k is 2).
 
     `prompts`: one per medium where they were made for different ones (joint preferences); `prompt` is the first then.
-    `fps`, `num_frames`, `models`: of each medium, as the table says; None where it does not. `resampled`: what reading
-    with a common frame rate makes of each clip.
+    `fps`, `num_frames`, `models`: of each medium, as the table says; None where it does not. `resampled`: what training
+    makes of each clip (`mmalign.tasks.lengths`).
     """
 
     prompt: str

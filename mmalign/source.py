@@ -28,10 +28,6 @@ class MediaError(ValueError):
         self.problem = problem
 
 
-class ClipTooShort(MediaError):
-    """A clip that holds fewer frames than were asked for."""
-
-
 @runtime_checkable
 class Readable(Protocol):
     """Anything that can hand out its bytes, such as `mmalign.tables.MediaRef`."""

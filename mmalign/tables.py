@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmalign.formats import ADAPTERS, FORMATS, Adapter
 from mmalign.formats_video import videodpo_files, videodpo_records
-from mmalign.media import VIDEO_SUFFIXES, ClipTooShort, CommonFps, MediaError, check_media, check_video
+from mmalign.media import VIDEO_SUFFIXES, MediaError, check_media
 from mmalign.media_table import (
     MediaRow,
     columns,
@@ -45,6 +44,7 @@ __all__ = [
     "columns",
     "read_media_table",
     "read_preferences",
+    "summary",
     "write_media_table",
     "write_preferences",
 ]
@@ -61,11 +61,7 @@ class PreferenceTable:
 
     def summary(self) -> str:
         """Such as "kept 10 of 12 rows; dropped 2: 1 no label, 1 undecodable image (train.parquet row 7 jpg_1)"."""
-        return _summary(len(self.rows), self.dropped) + _told(self.resampling())
-
-    def resampling(self) -> dict[str, Any]:
-        """How clips are read, for run.json; empty for pictures, and where `clips` was not given."""
-        return _resampling((row.media, row.resampled) for row in self.rows)
+        return summary(len(self.rows), self.dropped)
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Captioned:
     prompt: str
     media: MediaRef
     origin: str
-    resampled: tuple[Resampled, ...] | None = None
+    resampled: tuple[Resampled, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,14 +83,11 @@ class CaptionedTable:
 
     def summary(self) -> str:
         """As that of a `PreferenceTable`."""
-        return _summary(len(self.rows), self.dropped) + _told(self.resampling())
-
-    def resampling(self) -> dict[str, Any]:
-        """As that of a `PreferenceTable`."""
-        return _resampling(((row.media,), row.resampled) for row in self.rows)
+        return summary(len(self.rows), self.dropped)
 
 
-def _summary(kept: int, dropped: Sequence[Dropped]) -> str:
+def summary(kept: int, dropped: Sequence[Dropped]) -> str:
+    """What was kept and what was dropped and why, in one sentence without a full stop."""
     if not dropped:
         return f"kept all {kept} rows"
     by_reason: dict[str, list[str]] = {}
@@ -102,26 +95,6 @@ def _summary(kept: int, dropped: Sequence[Dropped]) -> str:
         by_reason.setdefault(each.reason, []).append(each.origin)
     parts = [f"{len(origins)} {reason}{_where(reason, origins)}" for reason, origins in by_reason.items()]
     return f"kept {kept} of {kept + len(dropped)} rows; dropped {len(dropped)}: {', '.join(parts)}"
-
-
-def _resampling(rows: Iterable[tuple[Sequence[MediaRef], Sequence[Resampled] | None]]) -> dict[str, Any]:
-    """`to_fps`, `frames`, `clips` (different ones), `from_fps` (rate -> clips)."""
-    held = {ref: one for media, found in rows for ref, one in zip(media, found or (), strict=False)}
-    if not held:
-        return {}
-    first = next(iter(held.values()))
-    rates = Counter(round(one.from_fps, 3) for one in held.values())
-    from_fps = {f"{rate:g}": count for rate, count in sorted(rates.items())}
-    return {"to_fps": first.to_fps, "frames": first.frames, "clips": len(held), "from_fps": from_fps}
-
-
-def _told(resampling: dict[str, Any]) -> str:
-    if not resampling:
-        return ""
-    rates = ", ".join(f"{count} at {rate}" for rate, count in resampling["from_fps"].items())
-    to = resampling["to_fps"]
-    what = "read frame by frame" if to is None else f"read at {to:g} frames per second"
-    return f"; {resampling['clips']} clips are {what}, {resampling['frames']} frames each ({rates})"
 
 
 def _where(reason: str, origins: Sequence[str]) -> str:
@@ -137,7 +110,6 @@ def read_preferences(
     root: str | Path | None = None,
     verify: bool = True,
     dimension: str | Sequence[str] | None = None,
-    clips: CommonFps | None = None,
 ) -> PreferenceTable:
     """Read a preference table: a file, a folder of parquet files, or a folder with `chosen/` and `rejected/`.
 
@@ -148,8 +120,6 @@ def read_preferences(
         verify: decode every image and clip now (in threads), and drop the rows where one fails, caption and all.
         dimension: keep this dimension alone, and drop the rows that were not judged on it. Of several, keep the rows
             that were judged on one of them, whole.
-        clips: what the table holds are clips, of which training takes so many frames at this rate. While they are
-            verified, rows with a shorter one are dropped whole, and each row is told how its clips are `resampled`.
 
     Raises:
         ValueError: no such file, an empty table, no rows left, an unknown format, or a column missing (the message
@@ -166,19 +136,15 @@ def read_preferences(
         else:
             dropped.append(outcome)
     if verify:
-        kept, undecodable = _verified(kept, lambda row: row.media, clips)
+        kept, undecodable = _verified(kept, lambda row: row.media)
         dropped += undecodable
     table = PreferenceTable(kept, dropped)
     _report(path, bool(kept), dropped, table.summary())
     return table
 
 
-def captioned(
-    path: str | Path, root: str | Path | None = None, verify: bool = True, clips: CommonFps | None = None
-) -> CaptionedTable:
+def captioned(path: str | Path, root: str | Path | None = None, verify: bool = True) -> CaptionedTable:
     """Read a media table (as `read_media_table`) for fine-tuning: its rows with a prompt, undecodable media dropped.
-
-    `clips` as for `read_preferences`.
 
     Raises ValueError as `read_media_table` does, for a table without a `prompt` column, and when no row can be used.
     """
@@ -195,7 +161,7 @@ def captioned(
         else:
             dropped.append(Dropped(origin, "no prompt", "the prompt is empty"))
     if verify:
-        kept, undecodable = _verified(kept, lambda row: (row.media,), clips)
+        kept, undecodable = _verified(kept, lambda row: (row.media,))
         dropped += undecodable
     table = CaptionedTable(kept, dropped)
     _report(path, bool(kept), dropped, table.summary())
@@ -271,56 +237,44 @@ def _one_of(row: PreferenceRow, dimensions: Sequence[str]) -> PreferenceRow | Dr
 _Row = TypeVar("_Row", PreferenceRow, Captioned)
 
 
-@dataclass(frozen=True)
-class _Fault:
-    reason: str
-    problem: str
-
-
-def _verified(
-    rows: list[_Row], media: Callable[[_Row], Sequence[MediaRef]], clips: CommonFps | None
-) -> tuple[list[_Row], list[Dropped]]:
+def _verified(rows: list[_Row], media: Callable[[_Row], Sequence[MediaRef]]) -> tuple[list[_Row], list[Dropped]]:
     """Rows whose media all decode, and the others: whole rows, so that no caption is left with another's pictures."""
-    known: dict[MediaRef, _Fault | Resampled | None] = {}  # data sets show one image in many pairs
+    problems: dict[MediaRef, str | None] = {}  # data sets show one image in many pairs
 
-    def looked(row: _Row) -> _Row | Dropped:
-        told = []
+    def fault(row: _Row) -> Dropped | None:
         for ref in media(row):
-            if ref not in known:
-                known[ref] = _look(ref, clips)
-            found = known[ref]
-            if isinstance(found, _Fault):
+            if ref not in problems:
+                problems[ref] = _problem(ref)
+            problem = problems[ref]
+            if problem is not None:
                 where = ref.name if ref.row is not None else f"{row.origin} {ref.name}"
-                return Dropped(where, found.reason, found.problem)
-            told.append(found)
-        return row if clips is None else replace(row, resampled=tuple(told))
+                return Dropped(where, f"undecodable {'clip' if _moves(ref) else 'image'}", problem)
+        return None
 
     kept: list[_Row] = []
     dropped: list[Dropped] = []
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         chunks = (rows[start : start + 256] for start in range(0, len(rows), 256))  # few futures at a time
-        outcomes = (each for chunk in chunks for each in pool.map(looked, chunk))
-        for outcome in track(outcomes, "checking media", len(rows)):
-            if isinstance(outcome, Dropped):
-                dropped.append(outcome)
+        faults = (each for chunk in chunks for each in pool.map(fault, chunk))
+        for row, found in zip(rows, track(faults, "checking media", len(rows)), strict=True):
+            if found is None:
+                kept.append(row)
             else:
-                kept.append(outcome)
+                dropped.append(found)
     return kept, dropped
 
 
-def _look(ref: MediaRef, clips: CommonFps | None) -> _Fault | Resampled | None:
-    """What is wrong with a file; of a clip that is to be resampled, how."""
+def _problem(ref: MediaRef) -> str | None:
     try:
-        if clips is None:
-            check_media(ref)
-            return None
-        return Resampled(check_video(ref, clips).rate, clips.fps, clips.frames)
-    except ClipTooShort as error:
-        return _Fault("clip too short", error.problem)
+        check_media(ref)
     except MediaError as error:
-        moving = clips is not None or (ref.path is not None and ref.path.suffix.lower() in VIDEO_SUFFIXES)
-        return _Fault(f"undecodable {'clip' if moving else 'image'}", error.problem)
+        return error.problem
+    return None
+
+
+def _moves(ref: MediaRef) -> bool:
+    return ref.path is not None and ref.path.suffix.lower() in VIDEO_SUFFIXES
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import av
 import numpy as np
 
-from mmalign.frame_plans import AllFrames, CommonFps, EveryFps, FramePlan, QwenFps, Timeline, TooShort, Uniform, picked
-from mmalign.source import ClipTooShort, MediaError, Source, name_of, read_bytes, refuse_shape
+from mmalign.frame_plans import AllFrames, CommonFps, EveryFps, FramePlan, QwenFps, Timeline, Uniform, picked
+from mmalign.source import MediaError, Source, name_of, read_bytes, refuse_shape
 from mmalign.video_container import MAX_FRAME_PIXELS, Facts, open_clip, short, stream_of, survey, timeline
 
 if TYPE_CHECKING:  # imported where it is used: processes that only decode do without it, and start at once
@@ -145,22 +145,14 @@ def read_frames(
 def _asked(plan: FramePlan, times: Timeline, media: Source) -> tuple[int, ...]:
     try:
         return picked(plan, times)
-    except TooShort as error:
-        raise ClipTooShort(name_of(media), str(error)) from None
     except ValueError as error:
         raise MediaError(name_of(media), str(error)) from None
 
 
-def check_video(source: Source, plan: FramePlan | None = None) -> Timeline:
-    """Decode the whole clip without keeping a frame; when its frames are shown.
-
-    MediaError as in `read_video`, and where `plan` cannot pick from it.
-    """
+def check_video(source: Source) -> None:
+    """Decode the whole clip without keeping a frame. MediaError as in `read_video`."""
     media = _held(source)
-    times = _take_pyav(media, _Picks(name_of(media), set(), MAX_CLIP_BYTES), survey(media).timeline)
-    if plan is not None:
-        _asked(plan, times, media)
-    return times
+    _take_pyav(media, _Picks(name_of(media), set(), MAX_CLIP_BYTES), survey(media).timeline)
 
 
 # ------------------------------------------------------------------------------------------------ for training
@@ -175,8 +167,7 @@ def clip_frames(source: Source, *, fps: float | None, frames: int, at: float = 0
         at: where the part that is taken lies in the clip, from 0 (at its start) to 1 (at its end).
 
     Raises:
-        ClipTooShort: there are not as many frames. None is padded.
-        MediaError: as in `read_video`.
+        MediaError: as in `read_video`, and for a clip too short for as many frames. None is padded.
     """
     found = read_frames(source, CommonFps(fps, frames, at))
     return np.stack([found.picked[index] for index in found.indices])

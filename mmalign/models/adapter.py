@@ -10,8 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +34,14 @@ class Adapter(ABC):
 
     family: str
     pipeline_class: Any
+    modality: Literal["image", "video"] = "image"  # what the pipeline draws; latents of clips have an axis of frames
     denoiser_name: str = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     unused: tuple[str, ...] = ()  # parts of the pipeline that are left out on loading
     may_lack: tuple[str, ...] = ()  # parts that a checkpoint may come without
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     flow_schedulers: tuple[str, ...] = ("euler", "dpm++")  # of a flow: what its pipeline's call can be sampled with
+    schedulers: Mapping[str, tuple[str, dict[str, Any]]] | None = None  # class and settings, where they are its own
     guides_in_one_call: bool = True  # whether the pipeline asks for both branches of guidance in one batch
     fixed_arguments: Mapping[str, Any] = {}  # of the pipeline's call: captions and sizes are to be as they are given
     no_negative: str | None = None  # what the pipeline's call takes where there is no negative prompt
@@ -131,6 +134,26 @@ class Adapter(ABC):
         negative = negative_prompts or self.no_negative
         return {"guidance_scale": guidance_scale, "negative_prompt": negative, **length, **self.fixed_arguments}
 
+    @torch.no_grad()
+    def draw(
+        self, prompts: list[str], generators: list[torch.Generator], *, guidance_scale: float,
+        negative_prompts: list[str] | None = None, **options: Any,
+    ) -> np.ndarray:  # fmt: skip
+        """Pictures float [B, H, W, 3] in [0, 1] by the pipeline's own call; of a video family clips [B, F, H, W, 3].
+
+        Args:
+            prompts, generators: [B]; a row's picture depends on its own generator alone.
+            guidance_scale, negative_prompts: as `call_arguments` takes them.
+            options: further arguments of the pipeline's call (num_inference_steps, height, width, num_frames).
+        """
+        told = self.call_arguments(guidance_scale, negative_prompts, len(prompts))
+        return self.drawn(self.pipeline()(prompts, generator=generators, output_type="np", **told, **options))
+
+    def drawn(self, output: Any) -> np.ndarray:
+        """The pictures in what the pipeline's call returned."""
+        pictures: np.ndarray = output.images
+        return pictures
+
     # ------------------------------------------------------------------------------------------------ prompts
 
     @abstractmethod
@@ -175,8 +198,8 @@ class Adapter(ABC):
         """Sides of pictures, in pixels, are multiples of this."""
         return self.vae_factor * self.patch
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one sample's latents for a picture of this size in pixels."""
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """Shape of one sample's latents for a picture of this size in pixels, or for a clip of so many frames."""
         return self.vae.config.latent_channels, height // self.vae_factor, width // self.vae_factor
 
     @torch.no_grad()
