@@ -274,6 +274,4 @@ def test_training_says_how_clips_are_resampled_and_leaves_short_ones_out(tmp_pat
     assert written["resampled"][0] == {"from_fps": 24.0, "to_fps": 16.0, "frames": 8}
     assert read_preferences(tmp_path / "kept.jsonl").rows == rows_kept
     own, summary = sources.groups(Data(table=path, frames=3, resolution=64), "pairs")
-    assert len(own) == 3 and "clips are taken at their own rate (5 at 8, 2 at 24)" in summary.replace(
-        "4 at 8", "5 at 8"
-    )
+    assert len(own) == 3 and "clips are taken at their own rate (4 at 8, 2 at 24)" in summary
