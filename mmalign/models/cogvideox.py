@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,14 @@ class CogVideoX(VideoAdapter):
     def decode(self, latents: Tensor) -> Tensor:
         even = latents.shape[2] % 2 == 0  # a clip that fits has an odd number of its own
         return super().decode(latents[:, :, 1:] if even else latents)
+
+    def default_size(self) -> tuple[int, int]:
+        told = self.denoiser.config
+        return told.sample_height * self.vae_factor, told.sample_width * self.vae_factor
+
+    def draw_noise(self, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+        channels, frames, *sides = shape  # the pipeline draws frame by frame
+        return super().draw_noise((frames, channels, *sides), generators).transpose(1, 2)
 
     # ------------------------------------------------------------------------------------------------ prompts
 

@@ -31,6 +31,8 @@ class LTXVideo(VideoAdapter):
 
     family = "ltx"
     pipeline_class: Any = LTXPipeline
+    noise_dtype = torch.float32
+    even_sigmas = True
     flow_schedulers = ("euler",)  # the pipeline hands over its own sigmas
     fps = 25.0
     frames = 161

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Wan(VideoAdapter):
 
     family = "wan"
     pipeline_class: Any = WanPipeline
+    noise_dtype = torch.float32
     guides_in_one_call = False
     fps = 16.0
     frames = 81
