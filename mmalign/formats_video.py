@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmalign.preference_row import INVALID, OVERALL, Dropped, Outcome, Verdict, finished
+from mmalign.preference_row import INVALID, OVERALL, Dropped, Outcome, Verdict, clips_fault, finished
 from mmalign.records import MediaRef, Record, Records, read_records
 
 AXES = ("VQ", "MQ", "TA")
@@ -54,10 +54,14 @@ def clip_pair(record: Record, axes: dict[str, str]) -> ClipPair | Dropped:
     names = (values["path_A"], values["path_B"])
     said = {axis: str(values.get(column) or INVALID).strip() for axis, column in axes.items()}
     models = tuple(None if values.get(f"{side}_model") is None else str(values[f"{side}_model"]) for side in "AB")
+    media = (record.path(names[0]), record.path(names[1]))
+    fps = (values.get("fps_A"), values.get("fps_B"))
+    num_frames = (_whole(values.get("num_frames_A")), _whole(values.get("num_frames_B")))
+    reason, detail = clips_fault({"fps": fps, "num_frames": num_frames}, media)
+    if reason:
+        return Dropped(record.origin, reason, detail)
     return ClipPair(
-        values["prompt"], names, (record.path(names[0]), record.path(names[1])),
-        (values.get("fps_A"), values.get("fps_B")),
-        (_whole(values.get("num_frames_A")), _whole(values.get("num_frames_B"))), (models[0], models[1]),
+        values["prompt"], names, media, fps, num_frames, (models[0], models[1]),
         {axis: _VERDICTS[word] for axis, word in said.items() if word in _VERDICTS},
         {axis: word for axis, word in said.items() if word not in _VERDICTS and word.lower() != INVALID},
     )  # fmt: skip

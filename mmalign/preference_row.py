@@ -134,7 +134,7 @@ def finished(
         reason, detail = "bad media", "one medium stands in it twice, which compares it to itself"
     known = {name: values for name, values in (clips or {}).items() if values is not None}
     if not reason:
-        reason, detail = _clips_fault(known, media)
+        reason, detail = clips_fault(known, media)
     if reason:
         yield Dropped(record.origin, reason, detail)
         return
@@ -159,7 +159,8 @@ _FACTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 }
 
 
-def _clips_fault(known: dict[str, Any], media: Sequence[MediaRef]) -> tuple[str, str]:
+def clips_fault(known: dict[str, Any], media: Sequence[MediaRef]) -> tuple[str, str]:
+    """Reason and detail of what is wrong with `fps`, `num_frames` or `models` of media; empty if nothing is."""
     for name, (_, is_good, wanted) in _FACTS.items():
         values = known.get(name, ())
         if not isinstance(values, list | tuple) or (values and len(values) != len(media)):

@@ -37,6 +37,20 @@ SCORES = {
 }
 
 
+def shown(first: int, last: int, count: int, fps: int) -> np.ndarray:
+    """The luma on screen at every eighth of a second."""
+    levels = np.round(np.linspace(first, last, count)) / 255
+    return levels[[int(k * fps / 8 + 1e-9) for k in range(int(np.ceil(count * 8 / fps)))]]
+
+
+MEASURES = {
+    "seconds": lambda first, last, count, fps: count / fps,
+    "frames per second": lambda first, last, count, fps: fps,
+    "motion": lambda *clip: np.abs(np.diff(shown(*clip))).mean(),
+    "brightness": lambda *clip: shown(*clip).mean(),
+}
+
+
 def fading(path: Path, first: int, last: int, count: int, fps: int) -> Path:
     """A clip whose grey goes evenly from the first frame to the last."""
     levels = np.round(np.linspace(first, last, count)).astype(np.uint8)
@@ -144,6 +158,18 @@ def test_an_audit_of_clips(tmp_path: Path, clips: Path) -> None:
     assert found["pairs"] == 6 and found["rewards"]["rise"]["accuracy"]["n"] == 6
     again = json.loads(audit.run(table, output=tmp_path / "b.json", scores=[tmp_path / "out/scores"]).read_text())
     assert any(name.endswith("/rise") for name in again["rewards"])
+    winners = [(CLIPS[row.prompt], row) for row in rows_of(table)]
+    ahead: dict[str, list[float]] = {"seconds": [], "frames per second": [], "motion": [], "brightness": []}
+    for clips, row in winners:
+        places = [int(Path(ref.file).stem[-1]) % 3 for ref in row.media]
+        a, b = (clips[place] for place in places)
+        sign = np.sign(row.scores["phi"][0] - row.scores["phi"][1])
+        for name, measure in MEASURES.items():
+            ahead[name] += [sign * (measure(*a) - measure(*b))] if sign else []
+    for name, values in ahead.items():
+        assert found["biases"][name]["difference"]["mean"] == pytest.approx(np.mean(values), abs=0.01), name
+        assert found["biases"][name]["difference"]["n"] == len(values)
+    assert not any("clips" in remark for remark in found["remarks"])
 
 
 def test_a_clip_that_cannot_be_read_leaves_its_list(tmp_path: Path, clips: Path) -> None:
