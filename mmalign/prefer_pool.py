@@ -162,7 +162,9 @@ def _former(relabel: Relabel, limit: int | None) -> Pool:
 def _media_row(row: PreferenceRow, place: int, name: str, group: int) -> MediaRow:
     """A medium of a row; a clip by its suffix, or since the row says how fast it plays or how long it is."""
     ref = row.media[place]
-    fps, num_frames, model = (values[place] if values else None for values in (row.fps, row.num_frames, row.models))
+    fps = row.fps[place] if row.fps else None
+    num_frames = row.num_frames[place] if row.num_frames else None
+    model = row.models[place] if row.models else None
     clip = (ref.row is None and Path(ref.file).suffix.lower() in VIDEO_SUFFIXES) or fps or num_frames
     return MediaRow(
         name, row.prompt, ref.file if ref.row is None else ref, modality="video" if clip else "image",

@@ -242,7 +242,7 @@ def merge(
     new: list[PreferenceRow] = []
     for (name, who), verdict in known.items():
         prompt, a, b = pairs[name]
-        told = {name: both for name, of in facts.items() if any(both := (of.get(a), of.get(b)))}
+        told: dict[str, Any] = {name: both for name, of in facts.items() if any(both := (of.get(a), of.get(b)))}
         row = PreferenceRow(prompt, (a, b), label={asked: verdict}, user_id=who, source=HUMAN, **told)
         contrary = {_said(replace(row, label={asked: other}), asked) for other in get_args(Verdict) if other != verdict}
         if who is not None and contrary & held:

@@ -17,6 +17,7 @@ from table_kit import png, put_json
 from mmalign import audit, labelling, prefer, routing
 from mmalign.jobs import Data
 from mmalign.jobs_prefer import PreferConfig
+from mmalign.media import read_video
 from mmalign.tables import read_media_table, read_preferences
 from mmalign.tasks import sources
 
@@ -193,6 +194,23 @@ def test_clips_and_pictures_are_not_ranked_together_by_an_evaluator_of_clips(tmp
     rows = rows_of(prefer.run(job(tmp_path / "out", clips)))
     assert [len(row.media) for row in rows] == [3, 3]
     assert "motion scores videos; this is a image" in str(summary_of(tmp_path / "out")["dropped"]["not scored by rise"])
+
+
+def test_clips_that_a_model_draws_are_ranked(tmp_path: Path) -> None:
+    from mmalign.testing.tiny_video import tiny_wan
+
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    model = {"path": tiny_wan(tmp_path / "wan")}
+    drawn = {"kind": "sample", "name": "tiny", "model": model, "steps": 1, "per_prompt": 2, "device": "cpu",
+             "height": 32, "width": 32, "frames": 5, "fps": 8, "lossless": True}  # fmt: skip
+    rewards = [REWARDS[0], REWARDS[2]]
+    values = {"sources": [drawn], "prompts": tmp_path / "prompts.txt", "rewards": rewards}
+    rows = rows_of(prefer.run(config(tmp_path / "out", tmp_path, **values)))
+    assert [row.prompt for row in rows] == ["a red circle", "a blue square"]
+    for row in rows:
+        assert (row.fps, row.num_frames, row.models) == ((8.0, 8.0), (5, 5), ("tiny", "tiny"))
+        seen = [read_video(ref).frames.double().mean((1, 2, 3)) for ref in row.media]
+        assert row.scores["rise"] == pytest.approx([float(mean[-1] - mean[0]) for mean in seen])
 
 
 def test_the_table_is_read_back_as_it_was_written(tmp_path: Path, clips: Path) -> None:
