@@ -114,7 +114,7 @@ def test_a_judge_orders_by_distance_in_deviations() -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: axes.fit_axes(torch.zeros(0, 3, 4), 2, 0), "of one judgement or more"),
+        (lambda: axes.fit_axes(torch.zeros(0, 3, 4), 2, 0), "n of 1 or more"),
         (lambda: axes.fit_axes(torch.zeros(5, 2, 4), 2, 0), "features \\[n, 3, D\\]"),
         (lambda: axes.fit_axes(torch.ones(5, 3, 4), 2, 0), "no axis can tell them apart"),
         (lambda: axes.judged([[1.0], [2.0]], 5, 0), "three scored pictures"),

@@ -74,9 +74,7 @@ def fit_axes(
         ValueError: no triplets, or features that are all the same.
     """
     if triplets.ndim != 3 or triplets.shape[1] != 3 or not len(triplets):
-        raise ValueError(
-            f"triplets have shape {list(triplets.shape)}; give features [n, 3, D] of one judgement or more"
-        )
+        raise ValueError(f"triplets have shape {list(triplets.shape)}; give features [n, 3, D], n of 1 or more")
     x = triplets.detach().double().cpu()
     centre = x.mean((0, 1))
     scale = float((x - centre).square().sum(-1).mean().sqrt())
