@@ -1,1 +1,1 @@
-"""Reward-guided sampling: one file per strategy, over a model that is asked along its trajectory."""
+"""Sampling towards rewards: one strategy per file, over a model that is asked along a trajectory (`denoising`)."""
