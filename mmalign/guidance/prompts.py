@@ -88,7 +88,8 @@ def standardised(embeddings: Tensor) -> Tensor:
 def network(width: int, hidden: Sequence[int], seed: object) -> nn.Module:
     """Fully connected with ReLU, one output, float64, Gaussian weights of variance 2 / inputs; no hidden layer: linear.
 
-    A linear one has no bias, which no comparison could tell, and starts at 0. (The authors draw all weights from N(0, 1).)
+    A linear one has no bias, which no comparison could tell, and starts at 0. (The authors draw all weights from
+    N(0, 1).)
     """
     if not hidden:
         linear = nn.Linear(width, 1, bias=False, dtype=torch.float64)
@@ -222,7 +223,7 @@ def next_pair(belief: Belief, pairs: Sequence[Pair], pending: Sequence[Pair], *,
 
 
 def random_pair(count: int, seed: object, number: int) -> Pair:
-    """Two different prompts at random, for the first comparisons; a function of the seed and the comparison's number."""
+    """Two different prompts at random, for the first comparisons; decided by the seed and the comparison's number."""
     first, second = torch.randperm(count, generator=generator("prompt pair", seed, number))[:2].tolist()
     return first, second
 
