@@ -115,6 +115,7 @@ def run(config: SampleConfig) -> Path:
     clips = base.modality_of(config.model) == "video"
     _check_clips(config, clips)
     missing = [request for request in wanted if not _place(folder, request, clips).is_file()]
+    missing = guided.with_sets(wanted, missing, config.guidance)
     adapter = load(config, device) if missing else None
     with alone_in(folder, "mmalign sample"):
         _begin(config, identity, clips)

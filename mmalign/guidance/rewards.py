@@ -164,8 +164,18 @@ class Rewards:
         Returns:
             [n], float64, on the CPU.
         """
+        return self.total(self.counted(pixels, prompts, rows))
+
+    def counted(self, pixels: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """`parts`, and counts as `scores` does: for strategies that look at each reward by itself."""
         self._count("reward_calls", len(pixels), rows)
-        return self.total(self.parts(pixels, prompts))
+        return self.parts(pixels, prompts)
+
+    def axes(self, parts: dict[str, Tensor]) -> tuple[Tensor, list[float]]:
+        """The rewards that have a weight, signed so that higher is better, [n, d], and their weights [d]."""
+        told = [(scorer.sign * parts[name], spec.weight) for name, (spec, scorer) in zip(self.names, self._parts, strict=True)
+                if spec.weight]  # fmt: skip
+        return torch.stack([values for values, _ in told], dim=1), [weight for _, weight in told]
 
     def tensor(self, pixels: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None) -> Tensor:
         """The reward with a gradient to the pixels (not rounded), float32 [n].
