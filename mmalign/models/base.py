@@ -55,7 +55,12 @@ def family_of(path: Path) -> str:
 
 def modality_of(config: Model) -> str:
     """What a checkpoint draws, image or video, before it is loaded. ValueError as `family_of`."""
-    module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(find(config.path))].partition(":")
+    return modality_of_family(family_of(find(config.path)))
+
+
+def modality_of_family(family: str) -> str:
+    """What a family of generators draws: image or video."""
+    module, _, name = {key: where for key, where in _CLASSES.values()}[family].partition(":")
     return str(getattr(importlib.import_module(module), name).modality)
 
 
