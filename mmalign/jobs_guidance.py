@@ -137,7 +137,9 @@ class Diversity(Strategy):
     @model_validator(mode="after")
     def _judged(self) -> Diversity:
         if (self.judge is None) == (self.judgements is None):
-            raise ValueError("diversity learns its axes from judgements (people) or from a judge (an evaluator): give one")
+            raise ValueError(
+                "diversity learns its axes from judgements (people) or from a judge (an evaluator): give one"
+            )
         if self.initial > self.candidates:
             raise ValueError(f"initial ({self.initial}) is above candidates ({self.candidates}); lower it")
         return self

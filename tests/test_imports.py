@@ -37,7 +37,7 @@ LAYERS: list[set[str]] = [
         "distributed",
         "guidance",
     }
-    | {"prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
+    | {"optimise_prompt", "prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
     | {"reward_bench", "reward_scores", "reward_show"}
     | {
         "score_decode",
@@ -92,6 +92,7 @@ LAYERS: list[set[str]] = [
         "jobs_bench",
         "jobs_guidance",
         "jobs_prefer",
+        "jobs_prompts",
         "jobs_reward",
         "errors",
         "locks",
@@ -123,6 +124,7 @@ LIGHT = {
     "jobs_bench": {"pydantic"},
     "jobs_guidance": {"pydantic"},
     "jobs_prefer": {"pydantic"},
+    "jobs_prompts": {"pydantic"},
     "explain": {"pydantic"},
     "yaml12": {"yaml"},
     "paths": set(),

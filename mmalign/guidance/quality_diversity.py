@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmalign.backbones.clip_config import CONFIG_FILE
 from mmalign.backbones.clip_scoring import OPENAI_CROP, ClipBackbone, load_clip_backbone
 from mmalign.evaluation import Backbones, Uniform
 from mmalign.guidance.axes import Axes, fit_axes, judged
 from mmalign.guidance.denoising import Bar, Denoising, Outcome, candidate_seed
 from mmalign.guidance.diversity import Drawn, Evolved, evolve
+from mmalign.guidance.features import clip_files
 from mmalign.guidance.rewards import Rewards, Scorer, fitting, load_scorers
 from mmalign.jobs_align import EvaluatorSpec
 from mmalign.jobs_guidance import Diversity
@@ -38,7 +38,8 @@ def quality_diversity(denoising: Denoising, rewards: Rewards, settings: Diversit
     """
     assert len(set(denoising.prompts)) == 1, "a set is of one prompt: `Strategy.sets`"
     keep, seed, prompt = len(denoising.prompts), denoising.seeds[0], denoising.prompts[0]
-    clip = _clip(*clip_files(settings), str(denoising.adapter.device))
+    files = clip_files(settings.clip, settings.clip_model, "guidance.clip")
+    clip = _clip(*files, str(denoising.adapter.device))
     latents: list[Tensor] = []
     first: list[Tensor] = []
 
@@ -85,22 +86,6 @@ def picture_features(clip: ClipBackbone, pixels: Tensor, frames: int) -> Tensor:
     return clip.images(stills, OPENAI_CROP).unflatten(0, (len(pixels), -1)).mean(1)
 
 
-def clip_files(settings: Diversity) -> tuple[str, Path]:
-    """The CLIP's config and its weights.
-
-    Raises:
-        ValueError: no weights there, or several files in the folder.
-    """
-    place = find(settings.clip)
-    files = sorted(p for p in place.iterdir() if p.suffix in (".safetensors", ".pt", ".bin")) if place.is_dir() else [place]
-    if len(files) != 1 or not files[0].is_file():
-        raise ValueError(f"guidance.clip: {place} holds {len(files)} files of weights; name the one that is meant")
-    own = files[0].parent
-    if settings.clip_model != "auto":
-        return settings.clip_model, files[0]
-    return (str(own) if (own / CONFIG_FILE).is_file() else "ViT-B-32"), files[0]
-
-
 @functools.lru_cache(maxsize=1)
 def _clip(config: str, checkpoint: Path, device: str) -> ClipBackbone:
     return load_clip_backbone(config=config, checkpoint=checkpoint, device=torch.device(device), dtype=torch.float32)
@@ -112,9 +97,7 @@ def _judge(name: str, params: str, modality: str, device: str, frames: int) -> S
     return load_scorers(job, modality, torch.device(device), dtype="float32", backbones=Backbones(), frames=frames)[0]
 
 
-def _judged(
-    settings: Diversity, drawn: Drawn, pixels: Tensor, prompt: str, seed: int, clip: ClipBackbone
-) -> Tensor:
+def _judged(settings: Diversity, drawn: Drawn, pixels: Tensor, prompt: str, seed: int, clip: ClipBackbone) -> Tensor:
     """Features [n, 3, D] of the judged triplets: of the first population by the evaluator, or what people said."""
     if settings.judgements is not None:
         return _told(find(settings.judgements), clip)

@@ -173,9 +173,9 @@ class Rewards:
 
     def axes(self, parts: dict[str, Tensor]) -> tuple[Tensor, list[float]]:
         """The rewards that have a weight, signed so that higher is better, [n, d], and their weights [d]."""
-        told = [(scorer.sign * parts[name], spec.weight) for name, (spec, scorer) in zip(self.names, self._parts, strict=True)
-                if spec.weight]  # fmt: skip
-        return torch.stack([values for values, _ in told], dim=1), [weight for _, weight in told]
+        weighed = [(name, *part) for name, part in zip(self.names, self._parts, strict=True) if part[0].weight]
+        values = [scorer.sign * parts[name] for name, _, scorer in weighed]
+        return torch.stack(values, dim=1), [spec.weight for _, spec, _ in weighed]
 
     def tensor(self, pixels: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None) -> Tensor:
         """The reward with a gradient to the pixels (not rounded), float32 [n].

@@ -37,9 +37,7 @@ def robust_choice(denoising: Denoising, rewards: Rewards, settings: Neighbourhoo
         bar((number + 1) / settings.n, None)
     scores = torch.stack(told, dim=1).numpy()  # [B, n, d]
     directions = drawn_directions(settings, weights)
-    records = [
-        _chosen(settings, scores[row], weights, directions, seed) for row, seed in enumerate(denoising.seeds)
-    ]
+    records = [_chosen(settings, scores[row], weights, directions, seed) for row, seed in enumerate(denoising.seeds)]
     latents = torch.stack([drawn[record["candidate"]][row] for row, record in enumerate(records)])
     return Outcome(latents, records)
 

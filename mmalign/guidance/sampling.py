@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmalign.evaluation import Backbones
 from mmalign.guidance.denoising import Bar, Denoising, Outcome, begin
+from mmalign.guidance.features import clip_files
 from mmalign.guidance.rewards import Rewards, Scorer, fitting, load_scorers, name_of, refuse_without_gradient
 from mmalign.jobs import SampleConfig
 from mmalign.jobs_guidance import Diversity, Strategy
@@ -51,8 +52,9 @@ def check(settings: Strategy) -> None:
     """
     jobs = fitting(settings.rewards, "guidance.rewards")
     fitting(settings.held_out, "guidance.held_out")
-    if isinstance(settings, Diversity) and settings.judge:
-        fitting([settings.judge], "guidance.judge")
+    if isinstance(settings, Diversity):
+        clip_files(settings.clip, settings.clip_model, "guidance.clip")
+        fitting([settings.judge] if settings.judge else [], "guidance.judge")
     if settings.gradients:
         refuse_without_gradient([(spec, job.cls) for spec, job in zip(settings.rewards, jobs, strict=True)])
     names = [name_of(spec, job.label) for spec, job in zip(settings.rewards, jobs, strict=True)]
