@@ -75,9 +75,7 @@ class Bandit(Strict):
     initial: PositiveInt = Field(6, description="comparisons of pairs at random, before anything is believed")
     round: PositiveInt = Field(1, description="comparisons that are chosen, drawn and judged at once; for people more")
     hidden: tuple[PositiveInt, ...] = Field((32, 32), description="of the score's network; [] is a linear score")
-    ridge: PositiveFloat = Field(
-        0.1, description="lambda: pull of the first weights, and doubt where nothing was compared"
-    )
+    ridge: PositiveFloat = Field(0.1, description="lambda: pull of the first weights; less of it is more doubt")
     nu: float = Field(0.3, ge=0, description="weight of doubt in the second prompt's bound; 0 never explores")
     seed: int = Field(0, description="of the first pairs, the network's first weights, and a simulated person")
 

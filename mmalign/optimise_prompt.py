@@ -120,10 +120,8 @@ def embedded(config: PromptsConfig, candidates: Sequence[bandits.Candidate], ada
         return bandits.choice_features(candidates)
     with torch.no_grad():
         if config.embedding.kind == "clip":
-            weights = clip_files(config.embedding.checkpoint, config.embedding.model, "embedding.checkpoint")
-            clip = load_clip_backbone(
-                config=weights[0], checkpoint=weights[1], device=adapter.device, dtype=torch.float32
-            )
+            own, weights = clip_files(config.embedding.checkpoint, config.embedding.model, "embedding.checkpoint")
+            clip = load_clip_backbone(config=own, checkpoint=weights, device=adapter.device, dtype=torch.float32)
             return torch.cat([clip.texts([each]) for each in words]).double().cpu()
         rows = []
         for each in words:

@@ -61,7 +61,7 @@ def requests(config: SampleConfig) -> list[Request]:
 
 
 def read_prompts(path: Path) -> list[tuple[str, int | None]]:
-    """Prompts and their own seeds, of a text file or a table. ValueError where it is missing, empty or no such table."""
+    """Prompts and their own seeds, of a text file or a table. ValueError where it is none, or empty."""
     if path.suffix == ".txt":
         if not path.is_file():
             raise ValueError(f"{path} does not exist; check the path of `prompts`")
