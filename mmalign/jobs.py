@@ -31,8 +31,9 @@ FAMILIES = {
 # ---------------------------------------------------------------------------------------------- shared
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Family = Literal[
-    "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "open_clip", "image_reward", "qwen2_vl"
-]
+    "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "open_clip", "image_reward", "qwen2_vl",
+    "latent",
+]  # fmt: skip
 
 
 class Model(Strict):
@@ -251,8 +252,9 @@ class TrainConfig(Strict):
                 raise ValueError(f"task reward fits the families {', '.join(REWARD_FAMILIES)}, not {family}")
             if self.lora and self.lora.init:
                 raise ValueError("lora.init is for denoisers; to go on with a scorer, give its export as model.path")
-            if family == "qwen2_vl" and self.model.from_scratch:
-                raise ValueError("model.from_scratch: a VLM is not trained from nothing; drop it")
+            if family in ("qwen2_vl", "latent") and self.model.from_scratch:
+                what = "a VLM" if family == "qwen2_vl" else "what reads latents"
+                raise ValueError(f"model.from_scratch: {what} is not trained from nothing; drop it")
             check_reward(
                 self.reward, self.loss, self.data.axes, family, self.lora is not None, ties=self.data.ties,
                 across=self.data.pairing == "across",
