@@ -33,7 +33,7 @@ from mmalign.jobs_reward import Fold, Latent
 from mmalign.models import base
 from mmalign.models.adapter import Adapter, Condition, exact
 from mmalign.noise import Process
-from mmalign.weights import REWARD_FILE, check_scorer, load_into, read_state_dict
+from mmalign.weights import REWARD_FILE, check_scorer, files_hash, load_into, read_state_dict
 
 HEAD_FILE, TRUNK_FILE = "head.safetensors", "trunk.safetensors"
 FREQUENCIES = 16
@@ -121,7 +121,7 @@ class LatentFile(Strict):
         format: of this file; a number that this version does not know is refused.
         scorer: the evaluator that reads the folder.
         model: the pipeline that it was fitted on.
-        parts: sha256 of each of its parts (`mmalign.models.base.fingerprint`).
+        parts: sha256 of the weights of each of its parts (`weight_hashes`).
         process: eps, v or flow; what its times mean.
         trunk: own for trained blocks, which are in the folder; base for the pipeline's.
         latent: which blocks, and the head on them.
@@ -199,6 +199,22 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 
 
+def weight_hashes(model: Model) -> dict[str, str]:
+    """sha256 of the safetensors of each part of a pipeline, and of its LoRA.
+
+    Weights alone: a folder that was saved again has other bytes in its configs.
+    """
+    path = paths.find(model.path)
+    parts = {part.name: part for part in path.iterdir() if part.is_dir()}
+    parts |= {name: paths.find(place) for name, place in model.components.items()}
+    parts |= {"lora": base.lora_file(model.lora)} if model.lora else {}
+    hashes = {
+        name: files_hash([part] if part.is_file() else sorted(part.glob("*.safetensors")))
+        for name, part in sorted(parts.items())
+    }
+    return {name: found for name, found in hashes.items() if found}
+
+
 # ------------------------------------------------------------------------------------------------------- loading
 
 
@@ -266,10 +282,9 @@ def _check_pipeline(facts: LatentFile, adapter: Adapter, folder: Path) -> None:
             f"{folder}: was fitted on the noise of a model that predicts {facts.process}, and this one predicts "
             f"{adapter.process.kind}; fit a reward on this pipeline"
         )
-    mine = base.fingerprint(adapter.config)
-    denoiser = {adapter.denoiser_name, "scheduler", "lora"}
-    other = sorted(name for name, told in facts.parts.items() if name not in denoiser and mine.get(name) != told)
-    used = [name for name in other if name == "vae" or name.startswith(("text_encoder", "tokenizer"))]
+    mine = weight_hashes(adapter.config)
+    read = ("vae", *adapter.text_encoders)
+    used = [name for name in read if mine.get(name) != facts.parts.get(name)]
     if used:
         raise ValueError(
             f"{folder}: was fitted on the latents and prompts of {facts.model.path}, and {adapter.config.path} has "
@@ -283,11 +298,11 @@ def _trunk(facts: LatentFile, adapter: Adapter, folder: Path) -> Any:
         trunk = cut(adapter.denoiser, facts.latent.blocks)
         load_into(trunk, read_state_dict(folder / TRUNK_FILE), str(folder / TRUNK_FILE))
         return trunk
-    name, mine = adapter.denoiser_name, base.fingerprint(adapter.config)
+    name, mine = adapter.denoiser_name, weight_hashes(adapter.config)
     changed = adapter.config.lora is not None or "forward" in vars(adapter.denoiser)
     if mine.get(name) == facts.parts.get(name) and facts.model.lora is None and not changed:
         return None
-    if base.fingerprint(facts.model) != facts.parts:
+    if weight_hashes(facts.model) != facts.parts:
         raise ValueError(
             f"{folder}: its blocks are those of {facts.model.path}, whose files are others by now; put the old ones "
             f"back, or write where they are under `model` in {folder / REWARD_FILE}"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmalign.backbones.latent_reward import Loaded, clean_time, latent_files, load_latent, read_latent
+from mmalign.backbones.latent_reward import Loaded, clean_time, latent_files, load_latent, read_latent, weight_hashes
 from mmalign.backbones.latent_trunk import cut
 from mmalign.backbones.reward_folder import named_scores
 from mmalign.models import base
@@ -84,9 +84,9 @@ def check_pipeline_files(folder: str | Path) -> None:
     """ValueError unless the pipeline that a reward was fitted on is where it was, with the files that it had."""
     facts = read_latent(folder)
     base.check(facts.model)
-    now = base.fingerprint(facts.model)
-    own = {"scheduler", *(("unet", "transformer") if facts.trunk == "own" else ())}
-    changed = sorted(name for name, told in facts.parts.items() if now.get(name) != told and name not in own)
+    now = weight_hashes(facts.model)
+    unread = {"unet", "transformer"} if facts.trunk == "own" else set()
+    changed = sorted(name for name, told in facts.parts.items() if now.get(name) != told and name not in unread)
     if changed:
         raise ValueError(
             f"{folder}: was fitted on {facts.model.path}, where {' and '.join(changed)} changed since; put the old files "

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from mmalign.backbones.latent_reward import LatentFile, LatentReward, write_latent
+from mmalign.backbones.latent_reward import LatentFile, LatentReward, weight_hashes, write_latent
 from mmalign.backbones.latent_trunk import cut, stages, states
 from mmalign.backbones.qwen2_vl_checkpoint import merge_lora
 from mmalign.backbones.reward_folder import Grades
@@ -94,7 +94,7 @@ class LatentFamily:
         config, adapter = self.config, self.adapter
         trained = config.reward.train != "head"
         facts = LatentFile(
-            model=self.model, parts=base.fingerprint(self.model), process=adapter.process.kind,
+            model=self.model, parts=weight_hashes(self.model), process=adapter.process.kind,
             trunk="own" if trained else "base", latent=config.reward.latent, width=self.width, outputs=self.outputs,
             gaussian=self.gaussian, axes=config.data.axes, mean=tuple(mean.tolist()), std=tuple(std.tolist()),
             resolution=config.data.resolution, fold=config.reward.fold, grades=grades,
