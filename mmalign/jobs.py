@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, Guards, Noise, Online, Probability, Reference, Timesteps
+from mmalign.jobs_guidance import Guidance
 from mmalign.jobs_reward import REWARD_FAMILIES, Reward
 from mmalign.jobs_reward import check as check_reward
 from mmalign.methods import LOSSES, Loss, Preference
@@ -369,6 +370,16 @@ class SampleConfig(Sampling):
     )
     output: Path = Field(description="folder: images/ and table.jsonl")
     limit: PositiveInt | None = Field(None, description="use only the first prompts")
+    guidance: Guidance | None = Field(None, description="towards rewards (docs/guidance.md); null: plain sampling")
+
+    @model_validator(mode="after")
+    def _stepped(self) -> SampleConfig:
+        if self.guidance and self.scheduler.startswith("dpm++"):
+            raise ValueError(
+                f"guidance takes its own steps, which are those of ddim and euler; scheduler: {self.scheduler} has no "
+                "part in them, drop it"
+            )
+        return self
 
 
 class Scoring(Strict):

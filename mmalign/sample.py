@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from mmalign.config import dump
+from mmalign.guidance import sampling as guided
+from mmalign.guidance.summary import lines, summarise
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
 from mmalign.media import write_image
@@ -104,6 +107,8 @@ def run(config: SampleConfig) -> Path:
     _check_sides(config, 8)
     if config.negative_lora:
         base.lora_file(config.negative_lora, "negative_lora")
+    if config.guidance:
+        guided.check(config.guidance)
     base.check(config.model)  # before anything is written: a mistyped path leaves no folder behind
     identity = _check_same(config)
     missing = [request for request in wanted if not _place(folder, request).is_file()]
@@ -113,18 +118,43 @@ def run(config: SampleConfig) -> Path:
         if adapter is not None:
             with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
                 done = len(wanted) - len(missing)
-                for part, images in generate(adapter, missing, config):
+                for part, images in _drawn(adapter, missing, config, bar, done):
                     for request, image in zip(part, images, strict=True):
                         write_image(_place(folder, request), image)
                     done += len(part)
                     bar.update(done)
         name = str(config.model.lora or config.model.path)
         rows = [
-            MediaRow(r.sample, r.prompt, str(_place(folder, r).absolute()), group=r.group, seed=r.seed, model=name)
+            MediaRow(
+                r.sample,
+                r.prompt,
+                str(_place(folder, r).absolute()),
+                group=r.group,
+                seed=r.seed,
+                model=name,
+                aux=guided.columns(guided.read_record(folder, r.sample)) if config.guidance else {},
+            )  # fmt: skip
             for r in wanted
         ]
         write_media_table(folder / "table.jsonl", rows)
+        if config.guidance:
+            records = [guided.read_record(folder, request.sample) for request in wanted]
+            found = summarise(config.guidance, records, [request.group for request in wanted], folder)
+            print(lines(found), file=sys.stderr)
     return folder / "table.jsonl"
+
+
+def _drawn(
+    adapter: Adapter, missing: list[Request], config: SampleConfig, bar: Progress, done: int
+) -> Iterator[tuple[list[Request], list[np.ndarray]]]:
+    """Batches with their pictures, plain or guided."""
+    if config.guidance is None:
+        return generate(adapter, missing, config)
+
+    def tell(drawn: float, reward: float | None) -> None:
+        bar.update(done + drawn, {} if reward is None else {"reward": reward})
+
+    return guided.run(adapter, missing, config, tell)
 
 
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -216,6 +246,7 @@ def _check_same(config: SampleConfig) -> dict[str, Any]:
     now["prompts"] = hashlib.sha256(json.dumps(_prompts(find(config.prompts))).encode()).hexdigest()
     told = config.model.model_dump(include={"max_sequence_length", "guidance"}, exclude_none=True)
     now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
+    now["guidance"] = guided.identity(config.guidance) if config.guidance else None
     now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch), **told}
     if path.is_file():
         before = json.loads(path.read_text())["config"]

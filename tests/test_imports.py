@@ -35,6 +35,7 @@ LAYERS: list[set[str]] = [
         "checkpoints",
         "compiling",
         "distributed",
+        "guidance",
     }
     | {"prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
     | {"reward_bench", "reward_scores", "reward_show"}
@@ -88,6 +89,7 @@ LAYERS: list[set[str]] = [
         "order",
         "jobs_align",
         "jobs_bench",
+        "jobs_guidance",
         "jobs_prefer",
         "jobs_reward",
         "errors",
@@ -118,6 +120,7 @@ LIGHT = {
     "config": {"pydantic", "yaml"},
     "jobs": {"pydantic"},
     "jobs_bench": {"pydantic"},
+    "jobs_guidance": {"pydantic"},
     "jobs_prefer": {"pydantic"},
     "explain": {"pydantic"},
     "yaml12": {"yaml"},

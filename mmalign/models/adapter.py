@@ -8,7 +8,7 @@ AutoencoderKL, how a folder is loaded) stands here, so that a family is its diff
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -39,6 +39,7 @@ class Adapter(ABC):
     may_lack: tuple[str, ...] = ()  # parts that a checkpoint may come without
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     flow_schedulers: tuple[str, ...] = ("euler", "dpm++")  # of a flow: what its pipeline's call can be sampled with
+    even_sigmas: bool = False  # of a flow: its pipeline hands the scheduler 1, ..., 1/N before the shift
     guides_in_one_call: bool = True  # whether the pipeline asks for both branches of guidance in one batch
     fixed_arguments: Mapping[str, Any] = {}  # of the pipeline's call: captions and sizes are to be as they are given
     no_negative: str | None = None  # what the pipeline's call takes where there is no negative prompt
@@ -131,6 +132,26 @@ class Adapter(ABC):
         negative = negative_prompts or self.no_negative
         return {"guidance_scale": guidance_scale, "negative_prompt": negative, **length, **self.fixed_arguments}
 
+    def guiding(self, guidance_scale: float, negative: bool) -> tuple[float | None, float]:
+        """What `call_arguments` come to: the guidance that the denoiser is told, and that of classifier-free guidance.
+
+        The first is None for denoisers that are told none, the second 1 where the unconditional branch is left out.
+        """
+        return None, guidance_scale if guidance_scale > 1 else 1.0
+
+    def guided(self, towards: Tensor, away: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (2207.12598) of two predictions, shaped as latents [B, C, ...]."""
+        return away + scale * (towards - away)
+
+    @contextmanager
+    def told(self, guidance: float | None) -> Iterator[None]:
+        """Inside, `predict` tells a guidance-distilled denoiser this guidance."""
+        before, self.guidance = self.guidance, guidance
+        try:
+            yield
+        finally:
+            self.guidance = before
+
     # ------------------------------------------------------------------------------------------------ prompts
 
     @abstractmethod
@@ -178,6 +199,18 @@ class Adapter(ABC):
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one sample's latents for a picture of this size in pixels."""
         return self.vae.config.latent_channels, height // self.vae_factor, width // self.vae_factor
+
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the pipeline's call has without either."""
+        side = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.vae_factor, width * self.vae_factor
+
+    def draw_noise(self, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+        """Unit noise [B, *shape], float32, as the pipeline draws it from a CPU generator for each sample."""
+        dtype = next(self.denoiser.parameters()).dtype
+        drawn = [torch.randn((1, *shape), generator=each, dtype=dtype) for each in generators]
+        return torch.cat(drawn).to(self.device, torch.float32)
 
     @torch.no_grad()
     def encode_media(self, pixels: Tensor) -> Tensor:
