@@ -165,7 +165,8 @@ class Latent(Strict):
     """A reward on noisy latents, for model.family: latent, whose model.path is a generator's folder."""
 
     blocks: PositiveInt = Field(
-        4, description="K, how many of the denoiser's first blocks; of a UNet down blocks, and the middle one after them"
+        4,
+        description="K, how many of the denoiser's first blocks; of a UNet down blocks, and the middle one after them",
     )
     pooling: Literal["mean", "attention"] = Field("mean", description="of tokens; attention: with a query per axis")
     hidden: Widths = Field((256,), description="widths of the head's hidden layers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -91,7 +92,9 @@ def test_guided_prediction_is_that_of_the_tilted_gaussian(kind: str, reward: Kin
 def test_closed_form_of_the_noisy_reward_by_quadrature() -> None:
     """The closed form that the others stand on, against an integral over x_0 in one dimension."""
     for reward in ("linear", "quadratic"):
-        known = World(torch.tensor([0.4], dtype=torch.float64), 0.7, torch.tensor([1.2], dtype=torch.float64), 1.3, reward)
+        known = World(
+            torch.tensor([0.4], dtype=torch.float64), 0.7, torch.tensor([1.2], dtype=torch.float64), 1.3, reward
+        )
         a, s, w, x = 0.6, 0.5, 0.8, 0.9
         x0 = torch.linspace(-12, 12, 200001, dtype=torch.float64)
         log = -((x0 - 0.4) ** 2) / 1.4 - (x - a * x0) ** 2 / (2 * s**2)
@@ -119,7 +122,7 @@ def test_sampling_ends_in_the_tilted_gaussian(kind: str, reward: Kind) -> None:
         a, s = scales(kind, grid[0].item())
         start = a * mean, math.sqrt(a**2 * variance + s**2)  # the marginal of the tilted process where it begins
         x = torch.stack([start[0], start[0] + start[1]])
-        for now, to in zip(grid[:-1], grid[1:], strict=True):
+        for now, to in itertools.pairwise(grid):
             a, s = scales(kind, now.item())
             noisy = x.clone().requires_grad_(True)
             (gradient,) = torch.autograd.grad(known.noisy_reward(noisy, a, s, w).sum(), noisy)
@@ -175,7 +178,9 @@ def test_the_ratio_is_bounded() -> None:
 
 def test_relative_shift_has_the_length_that_was_asked_for() -> None:
     prediction = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
-    way = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)) * torch.tensor([1e-6, 1e3, 0.0])[:, None, None]
+    way = (
+        torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)) * torch.tensor([1e-6, 1e3, 0.0])[:, None, None]
+    )
     moved = prediction - relative(prediction, way, 0.2)
     sizes = moved.flatten(1).norm(dim=1) / prediction.flatten(1).norm(dim=1)
     assert sizes.tolist() == pytest.approx([0.2, 0.2, 0.0], rel=1e-4)

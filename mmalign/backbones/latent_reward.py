@@ -37,6 +37,7 @@ from mmalign.weights import REWARD_FILE, check_scorer, files_hash, load_into, re
 
 HEAD_FILE, TRUNK_FILE = "head.safetensors", "trunk.safetensors"
 FREQUENCIES = 16
+TIMES = 9  # at which features' statistics are kept
 
 
 def clean_time(process: Process, like: Tensor) -> Tensor:
@@ -50,40 +51,73 @@ def share(process: Process, t: Tensor) -> Tensor:
     return t.float() if process.alphas_cumprod is None else t.float() / max(1, len(process.alphas_cumprod) - 1)
 
 
-def time_features(process: Process, t: Tensor) -> Tensor:
-    """Sines and cosines [B, 2 * 16] of the share of the schedule that t [B] is at, with 1 to 64 half turns over it."""
-    turns = torch.logspace(0, 6, FREQUENCIES, base=2.0, device=t.device)
-    angle = math.pi * share(process, t)[:, None] * turns
+def time_features(when: Tensor) -> Tensor:
+    """Sines and cosines [B, 2 * 16] of shares of the schedule [B], with 1 to 64 half turns over it."""
+    turns = torch.logspace(0, 6, FREQUENCIES, base=2.0, device=when.device)
+    angle = math.pi * when[:, None] * turns
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class LatentHead(nn.Module):
-    """From states [B, N, D] and the time to outputs [B, outputs], float32.
+class Standard(nn.Module):
+    """Features less their mean over media, divided by their deviation, both as they are at that time.
 
-    Tokens are normalised, pooled (their mean, or by attention with a learned query per output), scaled and shifted by
-    what an embedding of the time says, and mapped by an MLP. With attention each output has its own pooled vector; the
-    MLP is one for all, and output i is read from vector i.
+    What a denoiser says changes far more with the time than from one picture to another: a head that begins on it as it
+    is sees all media alike. Statistics are kept at evenly spaced times, with straight lines between them; they are 0
+    and 1 until they are fitted, and stay as they are in training.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(TIMES, width))
+        self.register_buffer("deviation", torch.ones(TIMES, width))
+
+    def forward(self, features: Tensor, when: Tensor) -> Tensor:
+        """[B, N, D] at shares of the schedule [B]."""
+        place = when.clamp(0, 1) * (TIMES - 1)
+        low = place.floor().long().clamp(max=TIMES - 2)
+        part = (place - low)[:, None]
+        mean, deviation = (
+            known[low] + part * (known[low + 1] - known[low]) for known in (self.mean, self.deviation)
+        )  # fmt: skip
+        return (features - mean[:, None]) / deviation[:, None]
+
+
+class LatentHead(nn.Module):
+    """From states [B, N, D] and shares of the schedule [B] to outputs [B, outputs], float32.
+
+    Tokens are normalised over their channels, pooled (their mean, or by attention with a learned query per output),
+    brought to one scale (`Standard`; with attention before the pooling), scaled and shifted by what an embedding of the
+    time says, and mapped by an MLP. With attention each output has its own pooled vector; the MLP is one for all, and
+    output i is read from vector i.
     """
 
     def __init__(self, settings: Latent, width: int, outputs: int):
         super().__init__()
-        self.outputs, self.attention = outputs, settings.pooling == "attention"
-        self.norm = nn.LayerNorm(width)
-        self.time = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, 2 * width))
-        nn.init.zeros_(self.time[2].weight)
-        nn.init.zeros_(self.time[2].bias)
+        self.attention = settings.pooling == "attention"
+        self.norm, self.standard = nn.LayerNorm(width, elementwise_affine=False), Standard(width)
+        last = nn.Linear(width, 2 * width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.time = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), last)
         if self.attention:
             self.query = nn.Parameter(torch.randn(outputs, width) / math.sqrt(width))
         self.map = mlp([width, *settings.hidden, outputs], settings.dropout)
 
-    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        tokens = self.norm(hidden.float())
-        scale, shift = self.time(time)[:, None].chunk(2, dim=-1)  # [B, 1, D]
+    def before_scaling(self, hidden: Tensor) -> Tensor:
+        """What `standard` is given, [B, N, D], or [B, 1, D] of means; to fit its statistics on."""
+        tokens: Tensor = self.norm(hidden.float())
+        return tokens if self.attention else tokens.mean(1, keepdim=True)
+
+    def forward(self, hidden: Tensor, when: Tensor) -> Tensor:
+        scaled = self.standard(self.before_scaling(hidden), when)
+        scale, shift = self.time(time_features(when))[:, None].chunk(2, dim=-1)  # [B, 1, D]
         if not self.attention:
-            pooled = tokens.mean(1, keepdim=True)
-            return self.map(pooled * (1 + scale) + shift)[:, 0]
-        weights = torch.softmax(self.query @ tokens.transpose(1, 2), dim=-1)  # [B, outputs, N]
-        found = self.map((weights @ tokens) * (1 + scale) + shift)
+            return self.map(scaled * (1 + scale) + shift)[:, 0]
+        weights = torch.softmax(self.query @ scaled.transpose(1, 2), dim=-1)  # [B, outputs, N]
+        found = self.map((weights @ scaled) * (1 + scale) + shift)
         return found.diagonal(dim1=1, dim2=2)
 
 
@@ -102,13 +136,24 @@ class LatentReward(nn.Module):
 
     def forward(self, adapter: Adapter, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Outputs [B, outputs] for latents [B, C, ...] at timesteps t [B]; differentiable in the latents."""
-        if not self.settings.noised:
-            t = clean_time(adapter.process, noisy)
-        trunk = adapter.denoiser if self.trunk is None else self.trunk
-        hidden = states(adapter, trunk, self.settings.blocks, noisy, t, condition)
+        t = t if self.settings.noised else clean_time(adapter.process, noisy)
+        hidden = self.hidden(adapter, noisy, t, condition)
         with exact(noisy.device):
-            found: Tensor = self.head(hidden, time_features(adapter.process, t.to(noisy.device)))
+            found: Tensor = self.head(hidden, share(adapter.process, t.to(noisy.device)))
         return found
+
+    def hidden(self, adapter: Adapter, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What the head is given, [B, N, D]."""
+        trunk = adapter.denoiser if self.trunk is None else self.trunk
+        return states(adapter, trunk, self.settings.blocks, noisy, t, condition)
+
+    @torch.no_grad()
+    def fit_scale(self, number: int, hidden: Tensor) -> None:
+        """Fits `Standard` at its time of this number, from states [B, N, D] of media there."""
+        features = self.head.before_scaling(hidden).flatten(0, 1).double()
+        deviation = features.std(0, unbiased=False)
+        self.head.standard.mean[number] = features.mean(0)
+        self.head.standard.deviation[number] = torch.where(deviation > 1e-4, deviation, torch.ones_like(deviation))
 
 
 # ---------------------------------------------------------------------------------------------------------- file

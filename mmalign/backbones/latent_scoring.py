@@ -89,8 +89,8 @@ def check_pipeline_files(folder: str | Path) -> None:
     changed = sorted(name for name, told in facts.parts.items() if now.get(name) != told and name not in unread)
     if changed:
         raise ValueError(
-            f"{folder}: was fitted on {facts.model.path}, where {' and '.join(changed)} changed since; put the old files "
-            "back, or fit a new reward"
+            f"{folder}: was fitted on {facts.model.path}, where {' and '.join(changed)} changed since; put the old "
+            "files back, or fit a new reward"
         )
 
 

@@ -52,7 +52,9 @@ def stages(denoiser: Any) -> list[nn.Module]:
     for name in LISTS:
         if hasattr(denoiser, name):
             return [*getattr(denoiser, name), *getattr(denoiser, "single_transformer_blocks", ())]
-    raise ValueError(f"{type(denoiser).__name__} has neither down_blocks nor {' nor '.join(LISTS)} to take the first of")
+    raise ValueError(
+        f"{type(denoiser).__name__} has neither down_blocks nor {' nor '.join(LISTS)} to take the first of"
+    )
 
 
 def most_blocks(denoiser: nn.Module) -> int:

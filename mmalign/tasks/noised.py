@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.backbones.latent_reward import clean_time
+from mmalign.backbones.latent_reward import TIMES, clean_time
 from mmalign.backbones.reward_folder import Grades
 from mmalign.backbones.reward_heads import Features
 from mmalign.jobs import TrainConfig
@@ -24,6 +24,7 @@ Key = tuple[object, ...]
 
 MEASURED = 512  # media, over which mean and deviation of the exported scores are taken
 AT_ONCE = 32
+FITTED = 64  # media, on which the scale of features is fitted
 
 
 class NoisedMedia:
@@ -77,6 +78,24 @@ class NoisedMedia:
         return latents, self.family.adapter.add_size(condition, sizes)
 
     @torch.no_grad()
+    def fit(self, media: Sequence[Any], prompts: Sequence[str]) -> None:
+        """Statistics of the features of some of these media along the schedule, on which the head begins."""
+        family, process = self.family, self.family.adapter.process
+        step = max(1, len(media) // FITTED)
+        media, prompts = list(media[::step][:FITTED]), list(prompts[::step][:FITTED])
+        inputs = self.inputs(media, prompts, [("fit", m.hash()) for m in media])
+        latents, condition = self._clean(inputs, [draw(self.config.seed, "posterior", *key) for key in inputs["own"]])
+        for number, when in enumerate(torch.linspace(0, 1, TIMES).tolist()):
+            t = clean_time(process, latents)
+            noisy = latents
+            if self.config.reward.latent.noised:
+                last = 1 if process.alphas_cumprod is None else len(process.alphas_cumprod) - 1
+                t = (t + when * last).to(t.dtype)
+                generators = [draw(self.config.seed, "noise", number, *key) for key in inputs["own"]]
+                noisy = process.noisy(latents, t, unit_noise(family.adapter, tuple(latents.shape[1:]), generators))
+            family.module.fit_scale(number, family.module.hidden(family.adapter, noisy, t, condition))
+
+    @torch.no_grad()
     def measure(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each axis over clean media (some of them, if they are many), [axes] on the CPU."""
         step = max(1, -(-len(media) // MEASURED))
@@ -92,9 +111,7 @@ class NoisedMedia:
         scores = scores[:, :1] if self.family.gaussian else scores
         return scores.mean(0), scores.std(0, unbiased=False).clamp(min=1e-6)
 
-    def save(
-        self, folder: Path, media: Sequence[Any], prompts: Sequence[str], grades: Grades | None = None
-    ) -> None:
+    def save(self, folder: Path, media: Sequence[Any], prompts: Sequence[str], grades: Grades | None = None) -> None:
         """The scorer's folder, with the unit of its scores measured on these media."""
         was = self.module.training
         self.module.eval()

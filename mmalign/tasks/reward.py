@@ -61,7 +61,9 @@ class RewardTask:
         else:
             self.source = reward_models.make(config, device)
             if family == "latent":
+                assert self.labels is not None
                 self.source = NoisedMedia(self.source, config)
+                self.source.fit(*self.labels.everything())
             self.modules[self.source.name] = self.source.module
         torch.manual_seed(config.seed)
         gaussian = isinstance(self.objective, Fitting) and self.objective.spread
