@@ -257,21 +257,16 @@ def begin(
     embedded, scale = adapter.guiding(sampling.guidance_scale, bool(negative_prompt))
     own = adapter.default_size()
     height, width = sampling.height or own[0], sampling.width or own[1]
-    shape = latent_shape(adapter, height, width, sampling)
+    shape = adapter.latent_shape(height, width, sampling.frames or getattr(adapter, "frames", 1))
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(len(prompts), -1)
     away = [negative_prompt] * len(prompts)
     return Denoising(
         adapter, prompts, seeds, shape, scale, embedded,
         condition=adapter.add_size(adapter.encode_prompt(prompts), sizes),
-        negative=adapter.add_size(adapter.encode_prompt(away), sizes) if scale > 1 else None,
+        negative=adapter.add_size(adapter.encode_negative(away), sizes) if scale > 1 else None,
         timesteps=timesteps(adapter, sampling.steps, shape), batch_size=sampling.batch_size, strategy=strategy,
         lower=lower,
     )  # fmt: skip
-
-
-def latent_shape(adapter: Adapter, height: int, width: int, sampling: Any) -> tuple[int, ...]:
-    """Shape of one sample's latents."""
-    return adapter.latent_shape(height, width)
 
 
 def timesteps(adapter: Adapter, steps: int, shape: tuple[int, ...]) -> Tensor:

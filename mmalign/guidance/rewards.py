@@ -253,9 +253,10 @@ def refuse_without_gradient(rewards: Sequence[tuple[RewardSpec, Any]]) -> None:
     """
     lacking = sorted({spec.name for spec, cls in rewards if spec.weight and not getattr(cls, "differentiable", False)})
     if lacking:
+        others = ", ".join(without_gradients())
         raise ValueError(
             f"rewards: {', '.join(lacking)} cannot be differentiated, and this strategy follows gradients. Use one "
-            f"that can ({', '.join(differentiable())}), or a strategy without gradients: {', '.join(without_gradients())}"
+            f"that can ({', '.join(differentiable())}), or a strategy without gradients: {others}"
         )
 
 

@@ -124,8 +124,8 @@ def _judges(adapter: Adapter, config: SampleConfig) -> tuple[Rewards, list[Score
     settings: Any = config.guidance
     jobs = [fitting(settings.rewards, "guidance.rewards"), fitting(settings.held_out, "guidance.held_out")]
     scorers = load_scorers(
-        [*jobs[0], *jobs[1]], getattr(adapter, "modality", "image"), adapter.device, dtype="float32",
-        backbones=Backbones(), frames=settings.reward_frames, fps=getattr(config, "fps", None),
+        [*jobs[0], *jobs[1]], adapter.modality, adapter.device, dtype="float32",
+        backbones=Backbones(), frames=settings.reward_frames, fps=getattr(adapter, "fps", None),
     )  # fmt: skip
     count = len(jobs[0])
     unique = {scorer.label: scorer for scorer in scorers[count:]}

@@ -7,11 +7,13 @@ AutoencoderKL, how a folder is loaded) stands here, so that a family is its diff
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ class Adapter(ABC):
 
     family: str
     pipeline_class: Any
+    modality: Literal["image", "video"] = "image"  # what the pipeline draws; latents of clips have an axis of frames
     denoiser_name: str = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     unused: tuple[str, ...] = ()  # parts of the pipeline that are left out on loading
@@ -40,6 +43,8 @@ class Adapter(ABC):
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     flow_schedulers: tuple[str, ...] = ("euler", "dpm++")  # of a flow: what its pipeline's call can be sampled with
     even_sigmas: bool = False  # of a flow: its pipeline hands the scheduler 1, ..., 1/N before the shift
+    schedulers: Mapping[str, tuple[str, dict[str, Any]]] | None = None  # class and settings, where they are its own
+    noise_dtype: torch.dtype | None = None  # in which the pipeline draws initial noise; None: in the denoiser's
     guides_in_one_call: bool = True  # whether the pipeline asks for both branches of guidance in one batch
     fixed_arguments: Mapping[str, Any] = {}  # of the pipeline's call: captions and sizes are to be as they are given
     no_negative: str | None = None  # what the pipeline's call takes where there is no negative prompt
@@ -152,11 +157,35 @@ class Adapter(ABC):
         finally:
             self.guidance = before
 
+    @torch.no_grad()
+    def draw(
+        self, prompts: list[str], generators: list[torch.Generator], *, guidance_scale: float,
+        negative_prompts: list[str] | None = None, **options: Any,
+    ) -> np.ndarray:  # fmt: skip
+        """Pictures float [B, H, W, 3] in [0, 1] by the pipeline's own call; of a video family clips [B, F, H, W, 3].
+
+        Args:
+            prompts, generators: [B]; a row's picture depends on its own generator alone.
+            guidance_scale, negative_prompts: as `call_arguments` takes them.
+            options: further arguments of the pipeline's call (num_inference_steps, height, width, num_frames).
+        """
+        told = self.call_arguments(guidance_scale, negative_prompts, len(prompts))
+        return self.drawn(self.pipeline()(prompts, generator=generators, output_type="np", **told, **options))
+
+    def drawn(self, output: Any) -> np.ndarray:
+        """The pictures in what the pipeline's call returned."""
+        pictures: np.ndarray = output.images
+        return pictures
+
     # ------------------------------------------------------------------------------------------------ prompts
 
     @abstractmethod
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
         """The condition of B prompts, as the family's pipeline encodes them. A row never depends on its neighbours."""
+
+    def encode_negative(self, prompts: list[str]) -> Condition:
+        """The condition of B prompts to be guided away from, as the family's pipeline encodes them."""
+        return self.encode_prompt(prompts)
 
     def add_size(self, condition: Condition, sizes: Tensor) -> Condition:
         """The condition with what the family needs to know of picture sizes and crops.
@@ -196,19 +225,22 @@ class Adapter(ABC):
         """Sides of pictures, in pixels, are multiples of this."""
         return self.vae_factor * self.patch
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one sample's latents for a picture of this size in pixels."""
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """Shape of one sample's latents for a picture of this size in pixels, or for a clip of so many frames."""
         return self.vae.config.latent_channels, height // self.vae_factor, width // self.vae_factor
 
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the pipeline's call has without either."""
+        call = inspect.signature(self.pipeline_class.__call__).parameters
+        if call["height"].default is not None:
+            return call["height"].default, call["width"].default
         side = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
         return height * self.vae_factor, width * self.vae_factor
 
     def draw_noise(self, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
         """Unit noise [B, *shape], float32, as the pipeline draws it from a CPU generator for each sample."""
-        dtype = next(self.denoiser.parameters()).dtype
+        dtype = self.noise_dtype or next(self.denoiser.parameters()).dtype
         drawn = [torch.randn((1, *shape), generator=each, dtype=dtype) for each in generators]
         return torch.cat(drawn).to(self.device, torch.float32)
 

@@ -78,7 +78,7 @@ class QwenImage(Adapter):
         factor: int = 2 ** len(self.vae.config.temperal_downsample)
         return factor
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         return self.vae.config.z_dim, height // self.vae_factor, width // self.vae_factor
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
