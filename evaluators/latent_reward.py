@@ -23,7 +23,7 @@ class LatentRewardScore(Evaluator):
     frames = AllFrames()
     version = 1
     licence = "that of the generator it was fitted on"
-    source = "your own run of mmalign train (docs/reward_models.md); 2501.13918, section 4.3"
+    source = "your own run of mmalign train (docs/reward_models.md); 2501.13918"
 
     class Params(Strict):
         """Which reward.

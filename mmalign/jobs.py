@@ -160,10 +160,11 @@ class Data(Strict):
             raise ValueError("give data.dimension or data.dimensions, not both")
         if self.axes and (self.dimension is not None or self.dimensions is not None):
             raise ValueError("give data.axes, or data.dimension or data.dimensions, not both")
-        if self.axes and (self.ties == "half" or self.pairing == "across" or self.shapes is not None):
+        pictures = self.shapes is not None and self.frames is None
+        if self.axes and (self.ties == "half" or self.pairing == "across" or pictures):
             raise ValueError(
                 "data.axes keeps the judgements of a table's row together; use ties: soft or drop, pairing: within, "
-                "and no shapes"
+                "and of the shapes world clips (data.frames)"
             )
         if self.dimensions is not None and (
             min(self.dimensions.values(), default=0) < 0 or not sum(self.dimensions.values())

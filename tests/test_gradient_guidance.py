@@ -26,14 +26,15 @@ from mmalign.jobs_guidance import NRG, Gradient
 from mmalign.media import read_image
 from mmalign.noise import Process
 from mmalign.tasks.reward import RewardTask
-from mmalign.testing import tiny, tiny_transformers
+from mmalign.testing import tiny, tiny_transformers, tiny_video
 
 CPU = torch.device("cpu")
-MAKERS = {
+MAKERS: dict[str, Any] = {
     "sd": tiny.tiny_sd,
     "sd-v": partial(tiny.tiny_sd, prediction_type="v_prediction"),
     "sd3": tiny_transformers.tiny_sd3,
     "flux": tiny_transformers.tiny_flux,
+    "wan": tiny_video.tiny_wan,
 }
 families = pytest.mark.parametrize("family", MAKERS)
 
@@ -49,9 +50,11 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(family: str) -> tuple[Path, Path]:
         if family not in made:
             made[family] = MAKERS[family](place / family)
+            clips = {"data__table": None, "data__shapes": {"scenes": 3, "annotator": "balanced"}, "data__frames": 9, "data__fps": 8}
             wanted = settings(
-                place / "x", made[family], data, data__axes=["dark", "bright"], data__ties="soft", loss={"kind": "btt"},
-                reward__latent={"blocks": 1, "hidden": [16]},
+                place / "x", made[family], data, data__axes=["dark", "bright"] if family != "wan" else ["VQ", "MQ"],
+                data__ties="soft", loss={"kind": "btt"}, reward__latent={"blocks": 1, "hidden": [16]},
+                **(clips if family == "wan" else {}),
             )  # fmt: skip
             torch.manual_seed(0)
             task = RewardTask(wanted, CPU)
@@ -68,16 +71,21 @@ def config(home: Any, family: str, guidance: dict[str, Any], **changes: Any) -> 
     tree = {
         "model": {"path": str(home(family)[0])}, "prompts": str(home.place / "prompts.txt"),
         "output": str(home.place / "out"), "device": "cpu", "height": 32, "width": 32, "steps": 5,
-        "guidance_scale": 3.0, "batch_size": 3, "guidance": guidance, **changes,
+        "guidance_scale": 3.0, "batch_size": 3, "guidance": guidance, **({"frames": 9} if family == "wan" else {}),
+        **changes,
     }  # fmt: skip
     return build(SampleConfig, tree, "test")
 
 
 def latent(home: Any, family: str, **changes: Any) -> dict[str, Any]:
+    named = {"dark": "VQ", "bright": "MQ"} if family == "wan" else {}
     rewards = [
-        {"name": "latent_reward", "params": {"model": str(home(family)[1])}, "subscore": axis, "weight": weight}
+        {
+            "name": "latent_reward", "params": {"model": str(home(family)[1])}, "subscore": named.get(axis, axis),
+            "weight": weight,
+        }
         for axis, weight in changes.pop("weights", {"dark": 1.0, "bright": 0.5}).items()
-    ]
+    ]  # fmt: skip
     return {"kind": "nrg", "rewards": rewards, **changes}
 
 
@@ -370,3 +378,16 @@ def test_gradient_of_a_real_evaluator_from_the_command_line(home: Any, tmp_path:
     sample.run(config(home, "sd", guidance, output=str(tmp_path / "out"), steps=6))
     found = json.loads((tmp_path / "out" / "guidance.json").read_text())
     assert found["reward"]["gain"]["mean"] > 0 and found["cost"]["reward_gradients"] == 6
+
+
+def test_clips_from_the_command_line(home: Any, tmp_path: Path) -> None:
+    """A video model led on one axis of its latent reward; the other axis and the truth are told beside it."""
+    guidance = latent(home, "wan", scale=0.3, weights={"dark": 1.0, "bright": 0.0})
+    guidance["held_out"] = [{"name": "shapes_motion"}]
+    (tmp_path / "prompts.txt").write_text("a red circle moves left\na blue square moves right quickly\n")
+    changes = {"prompts": str(tmp_path / "prompts.txt"), "steps": 3, "fps": 8.0}
+    sample.run(config(home, "wan", guidance, output=str(tmp_path / "out"), **changes))
+    found = json.loads((tmp_path / "out" / "guidance.json").read_text())
+    assert set(found["rewards"]) == {"latent_reward/VQ", "latent_reward/MQ"}
+    assert {"shapes_motion/VQ", "shapes_motion/MQ", "shapes_motion/TA"} <= set(found["held_out"])
+    assert found["requests"] == 2 and found["cost"]["reward_gradients"] == 2

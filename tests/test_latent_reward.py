@@ -30,7 +30,7 @@ from mmalign.records import MediaRef
 from mmalign.tables import PreferenceRow, write_preferences
 from mmalign.tasks.inputs import draw
 from mmalign.tasks.reward import RewardTask
-from mmalign.testing import tiny, tiny_transformers
+from mmalign.testing import tiny, tiny_transformers, tiny_video
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "a blue square", "a large green triangle", "a photo of a small circle")
@@ -42,6 +42,11 @@ MAKERS = {
     "pixart": tiny_transformers.tiny_pixart,
     "sana": tiny_transformers.tiny_sana,
     "qwen_image": tiny_transformers.tiny_qwen_image,
+    "wan": tiny_video.tiny_wan,
+    "cogvideox": tiny_video.tiny_cogvideox,
+    "hunyuan_video": tiny_video.tiny_hunyuan_video,
+    "ltx": tiny_video.tiny_ltx,
+    "animatediff": tiny_video.tiny_animatediff,
 }
 
 
@@ -65,7 +70,8 @@ def given(adapter: Any, count: int = 2, side: int = 32) -> tuple[Tensor, Tensor,
     """Noisy latents, times and condition of a few prompts."""
     generator = torch.Generator().manual_seed(0)
     side = max(side, 2 * adapter.multiple)
-    latents = torch.randn(count, *adapter.latent_shape(side, side), generator=generator)
+    length = {"frames": 9} if adapter.modality == "video" else {}
+    latents = torch.randn(count, *adapter.latent_shape(side, side, **length), generator=generator)
     t = torch.linspace(0.2, 0.8, count)
     t = t if adapter.process.alphas_cumprod is None else (t * 1000).long()
     condition = adapter.encode_prompt(list(PROMPTS[:count]))
@@ -84,7 +90,8 @@ def whole_run(adapter: Any, blocks: int, noisy: Tensor, t: Tensor, condition: An
             lambda _, args, out: seen.append(out if isinstance(out, Tensor) else out[0])
         )
     else:
-        every = list(denoiser.transformer_blocks) + list(getattr(denoiser, "single_transformer_blocks", []))
+        name = "blocks" if hasattr(denoiser, "blocks") else "transformer_blocks"
+        every = list(getattr(denoiser, name)) + list(getattr(denoiser, "single_transformer_blocks", []))
 
         def look(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             seen.append(named[names[0]] if names[0] in named else args[0])
@@ -93,6 +100,8 @@ def whole_run(adapter: Any, blocks: int, noisy: Tensor, t: Tensor, condition: An
     adapter.predict(noisy, t, condition)
     handle.remove()
     (found,) = seen
+    if unet and len(found) > len(noisy):  # frames as a batch: a clip's tokens stand together
+        found = found.unflatten(0, (len(noisy), -1)).transpose(1, 2)
     return found.flatten(2).transpose(1, 2) if unet else found
 
 

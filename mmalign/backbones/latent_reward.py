@@ -1,4 +1,4 @@
-"""Rewards on noisy latents: the first blocks of a denoiser and a head that knows the time (2501.13918, section 4.3).
+"""Rewards on noisy latents: the first blocks of a denoiser and a head that knows the time (2501.13918).
 
 Folder layout, as `mmalign train` (task: reward, model.family: latent) writes it::
 
@@ -174,7 +174,8 @@ class LatentFile(Strict):
         outputs: of the head: one per axis, or two with `gaussian`, the second a logarithm of a deviation.
         axes: their names; none is one score.
         mean, std: of each axis' score over the clean media that it was fitted to.
-        resolution: side of the pictures that it was fitted to, in pixels.
+        resolution: side of the media that it was fitted to, in pixels.
+        frames, fps: of clips: how many, and at which rate (null: whatever they had).
         fold: the part of the prompts that it has not seen.
         grades: of an ordinal run, what turns a score into a rating.
     """
@@ -193,6 +194,8 @@ class LatentFile(Strict):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resolution: int
+    frames: int | None = None
+    fps: float | None = None
     fold: Fold | None = None
     grades: Grades | None = None
 
@@ -352,5 +355,5 @@ def _trunk(facts: LatentFile, adapter: Adapter, folder: Path) -> Any:
             f"{folder}: its blocks are those of {facts.model.path}, whose files are others by now; put the old ones "
             f"back, or write where they are under `model` in {folder / REWARD_FILE}"
         )
-    dtype = next(adapter.denoiser.parameters()).dtype
+    dtype = adapter.denoiser.dtype
     return cut(base.load(facts.model, device=adapter.device, dtype=dtype).denoiser, facts.latent.blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from mmalign.backbones.latent_reward import Loaded, clean_time, latent_files, lo
 from mmalign.backbones.latent_trunk import cut
 from mmalign.backbones.reward_folder import named_scores
 from mmalign.models import base
-from mmalign.models.adapter import Adapter
 
 
 class LatentScorer:
@@ -26,7 +26,9 @@ class LatentScorer:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
         self.facts = read_latent(folder)
         check_pipeline_files(folder)
-        self.adapter: Adapter = base.load(self.facts.model, device=device, dtype=dtype, vae_dtype=torch.float32)
+        self.adapter: Any = base.load(self.facts.model, device=device, dtype=dtype, vae_dtype=torch.float32)
+        if self.facts.fps is not None:
+            self.adapter.fps = self.facts.fps  # some families are told it
         self.reward: Loaded = load_latent(folder, self.adapter)
         adapter, blocks = self.adapter, self.facts.latent.blocks
         if self.reward.network.trunk is None:
@@ -38,10 +40,10 @@ class LatentScorer:
     def named(self, clips: Sequence[Tensor], prompts: Sequence[str], normalise: bool) -> dict[str, Tensor]:
         """Scores [B] by name of uint8 [T, 3, H, W]; a picture has T = 1. Grades give `rating` besides.
 
-        Each is scored by itself, so that it cannot depend on the others.
+        Each is scored by itself, so that it cannot depend on the others; of a longer clip the beginning.
 
         Raises:
-            ValueError: a clip for a pipeline of pictures.
+            ValueError: a clip for a pipeline of pictures, or one that is too short.
         """
         raw = torch.cat([self._one(clip, text) for clip, text in zip(clips, prompts, strict=True)])
         facts, reward = self.facts, self.reward
@@ -55,11 +57,13 @@ class LatentScorer:
     def _one(self, clip: Tensor, prompt: str) -> Tensor:
         adapter, side = self.adapter, self.facts.resolution
         height, width = clip.shape[-2:]
-        pixels = covered(clip, side).to(adapter.device)
-        if getattr(adapter, "modality", "image") == "video":
+        wanted = self.facts.frames or 1
+        if len(clip) < wanted or (wanted == 1 and len(clip) > 1):
+            what = f"clips of {wanted} frames" if wanted > 1 else "pictures"
+            raise ValueError(f"the reward was fitted on {what}, and this has {len(clip)} frame{'s'[: len(clip) > 1]}")
+        pixels = covered(clip[:wanted], side).to(adapter.device)
+        if adapter.modality == "video":
             pixels = pixels.transpose(0, 1)[None]  # [1, 3, F, H, W]
-        elif len(clip) > 1:
-            raise ValueError(f"the reward was fitted on pictures, and this is a clip of {len(clip)} frames")
         latents = adapter.encode_media(pixels)[:, 0]
         sizes = torch.tensor([[float(height), float(width), 0, 0, side, side]])
         condition = adapter.add_size(adapter.encode_prompt([prompt]), sizes)

@@ -1,8 +1,8 @@
-"""Flow-NRG: sampling led by the gradient of a reward that knows noisy latents (2501.13918, section 4.3).
+"""Flow-NRG: sampling led by the gradient of a reward that knows noisy latents (2501.13918).
 
 p*(x_0 | y) is proportional to p(x_0 | y) exp(w r(x_0, y)), so the score of noisy latents is that of the model plus
 grad R_t, R_t(x_t) = log E[exp(w r(x_0)) | x_t]. A reward r(x_t, y, t) that was fitted to noisy latents stands for
-R_t / w. What a shift of the score means to each kind of prediction is one formula (`shifted`), and the rest is the sampler.
+R_t / w. What a shift of the score means to each kind of prediction is one formula (`shifted`); the rest is the sampler.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _weights(spec: RewardSpec, reward: Loaded) -> dict[str, float]:
         return {name: spec.weight / len(names) for name in names}
     if spec.subscore not in names:
         raise ValueError(
-            f"guidance.rewards: {spec.params['model']} has the axes {', '.join(names)}, not {spec.subscore!r}; name one "
-            "of these as subscore"
+            f"guidance.rewards: {spec.params['model']} has the axes {', '.join(names)}, not {spec.subscore!r}; name "
+            "one of these as subscore"
         )
     return {str(spec.subscore): spec.weight}
 

@@ -13,7 +13,7 @@ from mmalign.noise import Process
 def shifted(process: Process, prediction: Tensor, t: Tensor, shift: Tensor, max_ratio: float | None = None) -> Tensor:
     """The prediction of a model whose score at t is larger by `shift`.
 
-    With x_t = a x_0 + s eps the score is -eps / s, so eps moves by -s g. At a given x_t then x_0 moves by s^2 g / a, and
+    With x_t = a x_0 + s eps the score is -eps / s, so eps moves by -s g, and with it x_0 by s^2 g / a:
 
         eps:   eps - s g              (classifier guidance: 2105.05233, algorithm 2)
         v:     v = a eps - s x_0      moves by -(a s + s^3 / a) g = -(s / a) g, since a^2 + s^2 = 1

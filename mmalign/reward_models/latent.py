@@ -52,7 +52,8 @@ class LatentFamily:
 
     def _probe(self) -> Tensor:
         adapter, side = self.adapter, self.adapter.multiple
-        latents = torch.zeros(1, *adapter.latent_shape(4 * side, 4 * side), device=adapter.device)
+        length = {"frames": self.config.data.frames or 1} if adapter.modality == "video" else {}
+        latents = torch.zeros(1, *adapter.latent_shape(4 * side, 4 * side, **length), device=adapter.device)
         condition = adapter.encode_prompt(["a"])
         sizes = torch.tensor([[4.0 * side, 4.0 * side, 0, 0, 4.0 * side, 4.0 * side]])
         t = torch.zeros(1, device=adapter.device)
@@ -97,7 +98,8 @@ class LatentFamily:
             model=self.model, parts=weight_hashes(self.model), process=adapter.process.kind,
             trunk="own" if trained else "base", latent=config.reward.latent, width=self.width, outputs=self.outputs,
             gaussian=self.gaussian, axes=config.data.axes, mean=tuple(mean.tolist()), std=tuple(std.tolist()),
-            resolution=config.data.resolution, fold=config.reward.fold, grades=grades,
+            resolution=config.data.resolution, frames=config.data.frames, fps=config.data.fps, fold=config.reward.fold,
+            grades=grades,
         )  # fmt: skip
         write_latent(folder, facts, self.module.head.state_dict(), self._merged() if trained else {})
 

@@ -41,6 +41,8 @@ class NoisedMedia:
 
     def __init__(self, family: LatentFamily, config: TrainConfig):
         self.family, self.config = family, config
+        if config.data.frame_buckets:
+            raise ValueError("data.frame_buckets: a reward on latents is fitted to clips of one length; drop it")
         self.module, self.width = family.module, family.width
         self.reader = Inputs(family.adapter, config.model.model_copy(update={"family": "auto"}), config.data)
         self.size = buckets.targets([], config.data, family.adapter).size(0)
