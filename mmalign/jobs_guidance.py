@@ -15,6 +15,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, RewardSpec
 
+LATENT = "latent_reward"
+"""The evaluator whose network `nrg` follows."""
+
 
 class Strategy(Strict):
     """What all strategies have: the rewards that they follow, and what is reported beside.
@@ -25,6 +28,7 @@ class Strategy(Strict):
 
     function: ClassVar[str]
     gradients: ClassVar[bool] = False
+    any_reward: ClassVar[bool] = True  # whether it takes every evaluator
     lower: ClassVar[str | None] = None
     sets: ClassVar[bool] = False  # whether all pictures of a prompt are chosen together, as a batch of their own
 
@@ -199,6 +203,64 @@ class Diversity(Strategy):
             )
         if self.initial > self.candidates:
             raise ValueError(f"initial ({self.initial}) is above candidates ({self.candidates}); lower it")
+
+
+class NRG(Strategy):
+    """Flow-NRG: lead each prediction by the gradient of rewards that know noisy latents (2501.13918)."""
+
+    function: ClassVar[str] = "mmalign.guidance.nrg:nrg"
+    any_reward: ClassVar[bool] = False
+    lower: ClassVar[str | None] = "scale"
+    kind: Literal["nrg"] = "nrg"
+    scale: float = Field(1.0, ge=0, description="w, of the gradient; an axis' share of it is the weight of its reward")
+    skip_above: float = Field(
+        0.95, gt=0, le=1, description="share of the schedule above which nothing is led: pure noise says nothing"
+    )
+    max_ratio: PositiveFloat = Field(
+        10.0, description="noise over signal, t / (1 - t) of a flow, counts as this at most; it grows without bound"
+    )
+
+    @model_validator(mode="after")
+    def _on_latents(self) -> NRG:
+        others = [spec.name for spec in self.rewards if spec.name != LATENT]
+        if others:
+            raise ValueError(
+                f"rewards: {others[0]} scores finished media, and nrg follows rewards of noisy latents; use {LATENT} "
+                "(fitted by task: reward with model.family: latent), or kind: gradient for any differentiable evaluator"
+            )
+        lacking = [spec for spec in self.rewards if "model" not in spec.params]
+        if lacking:
+            raise ValueError(f"rewards: {LATENT} needs params: {{model: the export/ folder of its run}}")
+        return self
+
+
+class Gradient(Strategy):
+    """Lead each prediction by the gradient of differentiable evaluators at the decoded estimate (2302.07121)."""
+
+    function: ClassVar[str] = "mmalign.guidance.gradient:gradient"
+    any_reward: ClassVar[bool] = False
+    gradients: ClassVar[bool] = True
+    lower: ClassVar[str | None] = "scale"
+    kind: Literal["gradient"] = "gradient"
+    scale: float = Field(
+        0.1,
+        ge=0,
+        description="how far a prediction is moved, relative to its length; without normalise, of the gradient",
+    )
+    normalise: bool = Field(True, description="moves of the same relative length at every step, whatever the unit")
+    through_denoiser: bool = Field(
+        True, description="the gradient by noisy latents; false: by the estimate alone, which takes less memory"
+    )
+    recurrence: PositiveInt = Field(1, description="how often a guided step is taken, its end noised again in between")
+    start: float = Field(0.9, gt=0, le=1, description="share of the schedule from which on predictions are led")
+    stop: float = Field(0.0, ge=0, lt=1, description="share of the schedule below which they are no longer")
+    max_ratio: PositiveFloat = Field(10.0, description="without normalise: noise over signal counts as this at most")
+    checkpoint: bool = Field(False, description="decode a second time for the gradient, which takes less memory")
+
+    @model_validator(mode="after")
+    def _range(self) -> Gradient:
+        if self.stop >= self.start:
+            raise ValueError(f"stop ({self.stop:g}) is not below start ({self.start:g}): no step would be led")
         return self
 
 
@@ -206,6 +268,8 @@ class Diversity(Strategy):
 Guidance = Annotated[
     BestOfN
     | Search
+    | NRG
+    | Gradient
     | Particles
     | NoiseOptimisation
     | Neighbourhood

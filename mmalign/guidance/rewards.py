@@ -286,4 +286,4 @@ def without_gradients() -> list[str]:
     """Kinds of the strategies that take any reward."""
     from mmalign.jobs_guidance import strategies
 
-    return [kind for kind, strategy in strategies() if not strategy.gradients]
+    return [kind for kind, strategy in strategies() if strategy.any_reward]

@@ -65,6 +65,7 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
             processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
             **({"counts": wanted.counts} if wanted.counts else {}),
             **_clips(data),
+            **({"axes": data.axes} if data.frames else {}),
         )
         found = found[: data.limit]
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
