@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmalign import report_sheet
 from mmalign.config import dump
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
-from mmalign.media import write_image
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
 from mmalign.models.negative import guide_away
 from mmalign.paths import find
 from mmalign.progress import Progress
+from mmalign.provenance import Record, record, write_picture
 from mmalign.records import Record, missing_columns, read_records
 from mmalign.runs import pick_device, versions
 from mmalign.weights import files_hash
@@ -90,7 +91,7 @@ def _seed(record: Record) -> int | None:
 
 
 def run(config: SampleConfig) -> Path:
-    """Generates what is missing and returns the media table `output/table.jsonl`.
+    """Generates what is missing and returns the media table `output/table.jsonl`; `index.html` beside it shows them.
 
     Pictures that a killed run left behind are kept: they appear whole or not at all, and the config is checked.
 
@@ -111,11 +112,12 @@ def run(config: SampleConfig) -> Path:
     with alone_in(folder, "mmalign sample"):
         _begin(config, identity)
         if adapter is not None:
+            told = _teller(config, identity, adapter)
             with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
                 done = len(wanted) - len(missing)
                 for part, images in generate(adapter, missing, config):
                     for request, image in zip(part, images, strict=True):
-                        write_image(_place(folder, request), image)
+                        write_picture(_place(folder, request), image, told(request))
                     done += len(part)
                     bar.update(done)
         name = str(config.model.lora or config.model.path)
@@ -124,6 +126,7 @@ def run(config: SampleConfig) -> Path:
             for r in wanted
         ]
         write_media_table(folder / "table.jsonl", rows)
+        report_sheet.build([folder / "table.jsonl"], folder / "index.html")
     return folder / "table.jsonl"
 
 
@@ -194,6 +197,17 @@ def generate(
         yield part, list((images * 255).round().astype(np.uint8))
 
 
+def _teller(config: SampleConfig, identity: dict[str, Any], adapter: Adapter) -> Callable[[Request], Record | None]:
+    """What gives a request the record of how it was drawn, or none where the config wants none."""
+    if not config.provenance:
+        return lambda request: None
+    weights = {name: digest for name, digest in identity["model"].items() if isinstance(digest, str)}
+    scheduler = type(adapter.pipe.scheduler).__name__
+    return lambda request: record(
+        config, weights, request.prompt, request.seed, scheduler=scheduler, negative_lora=identity["negative_lora"]
+    )
+
+
 def _place(folder: Path, request: Request) -> Path:
     return folder / "images" / f"{request.sample}.png"
 
@@ -210,7 +224,7 @@ def _check_same(config: SampleConfig) -> dict[str, Any]:
 
     Files count by content, not by path.
     """
-    folder, ignored = config.output, {"batch_size", "device", "output", "limit"}
+    folder, ignored = config.output, {"batch_size", "device", "output", "limit", "provenance"}
     path = folder / "run.json"
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
     now["prompts"] = hashlib.sha256(json.dumps(_prompts(find(config.prompts))).encode()).hexdigest()

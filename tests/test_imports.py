@@ -48,7 +48,7 @@ LAYERS: list[set[str]] = [
         "score_store",
         "score_summary",
     }
-    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run"},
+    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run", "report_sheet"},
     {"tasks"},
     {
         "models",
@@ -76,6 +76,7 @@ LAYERS: list[set[str]] = [
         "source",
         "video",
         "video_writer",
+        "provenance",
         "frame_plans",
         "cache",
         "config",
