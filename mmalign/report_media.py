@@ -1,14 +1,17 @@
-"""Thumbnails for the pages: small enough that hundreds fit in one, and never silently missing."""
+"""What the pages show: thumbnails, small enough that hundreds fit in one and never silently missing; and scripts."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import tempfile
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from mmalign.results import Results
@@ -51,6 +54,11 @@ class Thumbnails:
         """How many different media were asked for, those that failed among them."""
         return len(self._made)
 
+    @property
+    def clips(self) -> bool:
+        """Whether any of them is a clip."""
+        return any(made.video for made in self._made.values())
+
     def of(self, results: Results, row: dict[str, Any]) -> Thumbnail:
         """The thumbnail of a result row's media."""
         key = (results.folder, str(row["media"]))
@@ -89,6 +97,13 @@ class Thumbnails:
 
             self._tables[table] = {row.sample: row for row in read_media_table(table)}
         return self._tables[table]
+
+
+def script(*names: str) -> tuple[Markup, str]:
+    """Scripts of this package as one, and the source under which a content security policy lets it run."""
+    text = "".join(files("mmalign").joinpath(name).read_text(encoding="utf-8") for name in names)
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Markup(text), f"sha256-{digest}"
 
 
 def thumbnail(source: Any, clip: bool, limit: int) -> Thumbnail:

@@ -7,9 +7,6 @@ or has small copies inside (`embed`), as far as a budget goes.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +23,7 @@ from mmalign.figures import printable
 from mmalign.media_table import MediaRow, read_media_table
 from mmalign.progress import track
 from mmalign.records import MediaRef
-from mmalign.report_media import Thumbnail, thumbnail
+from mmalign.report_media import Thumbnail, script, thumbnail
 from mmalign.results import WHOLE_SET, Results, is_ok, read_results, score_label
 from mmalign.source import MediaError, whole_file
 
@@ -128,13 +125,12 @@ def _output(sources: Sequence[Path], output: str | Path | None) -> Path:
 
 
 def _render(page: dict[str, Any]) -> str:
-    script = files("mmalign").joinpath("sheet.js").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
     template = files("mmalign").joinpath("sheet.html.j2").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.from_string(template).render(page, script=Markup(script), digest=digest, mark=Markup(_MARK))
+    text, digest = script("clips.js", "sheet.js")
+    return environment.from_string(template).render(page, script=text, digest=digest, mark=Markup(_MARK))
 
 
 def _printable(value: Any) -> Any:
@@ -266,7 +262,8 @@ class _Media:
         path = None if inside else (item.media if isinstance(item.media, str) else item.media.file)
         if path is not None and not os.path.isfile(path):
             self.missing += 1
-            return {"fault": f"{unquote(self._href(path))}: no such file"}
+            shown = unquote(self._href(path)) if os.path.isabs(path) else path  # relative: as the results have it
+            return {"fault": f"{shown}: no such file"}
         link = {} if path is None else {"file": self._href(path)}
         if path is not None and self.left <= 0:
             self.linked += 1

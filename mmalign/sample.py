@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmalign import report_sheet
+from mmalign import provenance, report_sheet
 from mmalign.config import dump
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
@@ -22,7 +22,6 @@ from mmalign.models.adapter import Adapter
 from mmalign.models.negative import guide_away
 from mmalign.paths import find
 from mmalign.progress import Progress
-from mmalign.provenance import Record, record, write_picture
 from mmalign.records import Record, missing_columns, read_records
 from mmalign.runs import pick_device, versions
 from mmalign.weights import files_hash
@@ -117,7 +116,7 @@ def run(config: SampleConfig) -> Path:
                 done = len(wanted) - len(missing)
                 for part, images in generate(adapter, missing, config):
                     for request, image in zip(part, images, strict=True):
-                        write_picture(_place(folder, request), image, told(request))
+                        provenance.write_picture(_place(folder, request), image, told(request))
                     done += len(part)
                     bar.update(done)
         name = str(config.model.lora or config.model.path)
@@ -197,13 +196,15 @@ def generate(
         yield part, list((images * 255).round().astype(np.uint8))
 
 
-def _teller(config: SampleConfig, identity: dict[str, Any], adapter: Adapter) -> Callable[[Request], Record | None]:
+def _teller(
+    config: SampleConfig, identity: dict[str, Any], adapter: Adapter
+) -> Callable[[Request], provenance.Record | None]:
     """What gives a request the record of how it was drawn, or none where the config wants none."""
     if not config.provenance:
         return lambda request: None
     weights = {name: digest for name, digest in identity["model"].items() if isinstance(digest, str)}
     scheduler = type(adapter.pipe.scheduler).__name__
-    return lambda request: record(
+    return lambda request: provenance.record(
         config, weights, request.prompt, request.seed, scheduler=scheduler, negative_lora=identity["negative_lora"]
     )
 

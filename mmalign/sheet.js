@@ -1,9 +1,7 @@
-"use strict";
-// All texts of the table reach the page as text (textContent, attributes), never as markup.
+// Follows clips.js. All texts of the table reach the page as text (textContent, attributes), never as markup.
 const {scores, items} = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 48;  // a browser plays some 75 clips at a time
 const at = id => document.getElementById(id);
-const still = matchMedia("(prefers-reduced-motion: reduce)");
 let page = 0, down = false, found = [];
 items.forEach((item, i) => { item.order = i; item.text = item.prompt.toLowerCase(); });
 
@@ -76,34 +74,19 @@ const near = new IntersectionObserver(entries => {
     if (isIntersecting && at("all").ariaPressed === "true") start(target);
   }
 }, {rootMargin: "150px"});
-function start(video) {
-  // A pause or another page may come before it plays; what cannot be played has an error event, see `clip`.
-  video.play().catch(error => { if (!["AbortError", "NotSupportedError"].includes(error.name)) throw error; });
-}
 function clip(item) {
   const name = item.prompt || item.sample;
   const video = make("video", {muted: true, loop: true, playsInline: true, preload: "none", ariaLabel: name, src: item.src});
   if (item.poster) video.poster = item.poster;
-  const button = make("button", {type: "button", className: "play", textContent: "\u25b6", ariaLabel: "Play: " + name, ariaPressed: "false"});
   const seconds = make("span", {className: "seconds", hidden: true});
-  const stage = make("div", {className: "stage"}, video, button, seconds);
-  let pinned = false;
+  const stage = make("div", {className: "stage"}, video, seconds);
+  playable(stage, video, name, () => at("all").ariaPressed === "true");
   video.addEventListener("loadedmetadata", () => {
     fit(video, video.videoWidth, video.videoHeight);
     seconds.hidden = !Number.isFinite(video.duration);
     seconds.textContent = video.duration.toFixed(1) + " s";
   });
-  for (const event of ["play", "pause"]) video.addEventListener(event, () => {
-    button.textContent = video.paused ? "\u25b6" : "\u275a\u275a";
-    button.ariaPressed = String(!video.paused);
-    button.ariaLabel = (video.paused ? "Play: " : "Pause: ") + name;
-  });
   video.addEventListener("error", () => { if (video.hasAttribute("src")) note(stage, unplayable(item)); });
-  stage.addEventListener("click", () => {  // what hovering has begun, a click keeps going
-    if (video.paused || !pinned) { pinned = true; start(video); } else { pinned = false; video.pause(); }
-  });
-  stage.addEventListener("pointerenter", event => { if (event.pointerType === "mouse" && !still.matches) start(video); });
-  stage.addEventListener("pointerleave", () => { if (!pinned && at("all").ariaPressed !== "true") video.pause(); });
   near.observe(video);
   return stage;
 }

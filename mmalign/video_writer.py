@@ -27,10 +27,10 @@ def write_video(
 ) -> None:
     """Write uint8 [T, 3, H, W] RGB as H.264 in .mp4, .mkv or .mov, whole or not at all.
 
-    Lossy: quality `crf` from 1 (best) to 51, BT.601 limited range, tagged as such (untagged, viewers guess by size); 4:2:0 where both sides are
-    even, else 4:4:4, never a resize. Lossless: RGB H.264 that `read_video` gives back bit for bit, which few browsers
-    play. `tags` are the container's (.mp4 knows `title`, `comment`). The same frames and tags give the same bytes.
-    ValueError for another dtype, shape, suffix, rate or quality.
+    Lossy: quality `crf` from 1 (best) to 51, BT.601 limited range, tagged as such (untagged, viewers guess by size);
+    4:2:0 where both sides are even, else 4:4:4, never a resize. Lossless: RGB H.264 that `read_video` gives back bit
+    for bit, which few browsers play. `tags` are the container's (.mp4 knows `title`, `comment`). The same frames and
+    tags give the same bytes. ValueError for another dtype, shape, suffix, rate or quality.
     """
     import torch
 

@@ -196,7 +196,8 @@ def test_sampling_says_what_it_did(model: Path, tmp_path: Path) -> None:
 def test_a_lora_is_named_by_its_run_and_hashed(model: Path, tmp_path: Path) -> None:
     run = config(tmp_path / "my-dpo", model, preferences(tmp_path), optim__steps=1)
     export = train.run(run) / "export"
-    sample.run(_config(model, tmp_path, "out", model={"path": model, "lora": export}, limit=1))
+    settings = _config(model, tmp_path, "out", limit=1)
+    sample.run(settings.model_copy(update={"model": settings.model.model_copy(update={"lora": export})}))
     file = export / "pytorch_lora_weights.safetensors"
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     found = read_provenance(tmp_path / "out/images/000000-0.png")
