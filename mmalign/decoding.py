@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mmalign.frame_plans import Timeline, picked
 from mmalign.media import FramePlan, MediaError, Source, read_image
 from mmalign.video import read_frames
 
@@ -122,7 +123,7 @@ def _read(request: Request, arrays: list[list[np.ndarray]]) -> tuple[dict[FrameP
     numbers: dict[FramePlan, int] = {}
     places: dict[tuple[int, ...], int] = {}
     for plan in plans:
-        indices = tuple(plan.indices(found.num_frames, found.fps))
+        indices = picked(plan, found.timeline)
         if indices not in places:
             places[indices] = len(arrays)
             arrays.append([found.picked[index] for index in indices])
@@ -136,8 +137,8 @@ class _Union:
 
     plans: tuple[FramePlan, ...]
 
-    def indices(self, num_frames: int, fps: float) -> list[int]:
-        return sorted({index for plan in self.plans for index in plan.indices(num_frames, fps)})
+    def on(self, timeline: Timeline) -> list[int]:
+        return sorted({index for plan in self.plans for index in picked(plan, timeline)})
 
 
 def _write(arrays: Sequence[Sequence[np.ndarray]], memory: mmap.mmap) -> None:

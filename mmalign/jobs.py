@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, Guards, Noise, Online, Probability, Reference, Timesteps
+from mmalign.jobs_guidance import Guidance
 from mmalign.jobs_reward import REWARD_FAMILIES, Reward
 from mmalign.jobs_reward import check as check_reward
 from mmalign.methods import LOSSES, Loss, Preference
@@ -25,14 +26,21 @@ FAMILIES = {
     "pixart": "PixArt-Sigma: transformer, eps prediction, T5 with its padding masked",
     "sana": "Sana: linear-attention transformer, flow matching, deterministic autoencoder of factor 32, Gemma 2",
     "qwen_image": "Qwen-Image: MMDiT, flow matching, packed latents, Qwen2.5-VL as text encoder",
+    "wan": "Wan 2.1 and 2.2 text-to-video: transformer over space and time, flow matching, causal 3D autoencoder, UMT5",
+    "cogvideox": "CogVideoX 2B, 5B and 1.5 text-to-video: transformer over space and time, v prediction, T5",
+    "hunyuan_video": "HunyuanVideo text-to-video: flow matching, LLaMA and CLIP, guidance as an input",
+    "ltx": "LTX-Video text-to-video: flow matching, packed tokens, strongly compressing autoencoder, T5",
+    "animatediff": "AnimateDiff: Stable Diffusion 1.x with motion modules, eps prediction, an autoencoder of pictures",
 }
 
 
 # ---------------------------------------------------------------------------------------------- shared
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Family = Literal[
-    "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "open_clip", "image_reward", "qwen2_vl"
-]
+    "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",
+    "ltx", "animatediff",
+    "open_clip", "image_reward", "qwen2_vl",
+]  # fmt: skip
 
 
 class Model(Strict):
@@ -60,9 +68,10 @@ class Shapes(Strict):
     scenes: PositiveInt = Field(20000, description="how many different scenes")
     seed: int = 1
     held_out: bool = Field(False, description="captions from the held-out tenth of the grammar")
-    counts: tuple[float, ...] = Field(
-        (0.6, 0.3, 0.1), min_length=1, max_length=3, description="share of one, two and three shapes"
-    )
+    counts: tuple[float, ...] | None = Field(
+        None, min_length=1, max_length=3,
+        description="share of one, two and three shapes; default: 0.6, 0.3, 0.1 of pictures, 0.75, 0.25 of clips",
+    )  # fmt: skip
     annotator: str = Field("faithful", description="who judges the pairs, for tasks that need pairs")
     votes: PositiveInt = Field(1, description="how often each pair is judged; the label is the winner's share of votes")
     per_prompt: int = Field(2, ge=2, description="pictures of each caption, for objectives on lists and rewards")
@@ -109,13 +118,39 @@ class Data(Strict):
     )
     bucket_step: PositiveInt = Field(64, description="sides of buckets are multiples of this, in pixels")
     bucket_max_aspect: float = Field(2.0, ge=1, description="longest side of a bucket, relative to its other side")
-    crop: Literal["center", "random"] = Field("center", description="one crop for the whole pair")
+    frames: PositiveInt | None = Field(
+        None, description="of a clip, for video families: the autoencoder's stride times k, plus 1 (docs/train.md)"
+    )
+    fps: float | None = Field(
+        None, gt=0, description="clips are resampled to this rate; null: each keeps its own, whatever that is"
+    )
+    frame_buckets: tuple[PositiveInt, ...] = Field(
+        (), description="shorter lengths too, e.g. [17, 33]: a group of clips gets the longest that all of it fills"
+    )
+    bucket_budget: Literal["frame", "clip"] = Field(
+        "frame", description="what data.resolution holds for: every frame, or the longest clip (shorter are larger)"
+    )
+    crop: Literal["center", "random"] = Field(
+        "center", description="one crop for the whole pair; of a longer clip center takes the beginning"
+    )
     flip: Probability = Field(0.0, description="probability of a horizontal flip, one for the whole pair")
     caption_dropout: Probability = Field(0.0, description="probability of an empty caption, one for the whole pair")
     cache: Literal["off", "memory", "disk"] = Field("disk", description="where latents and prompt embeddings are kept")
     cache_dir: Path | None = Field(
         None, description="folder of the disk cache; default: $MMALIGN_CACHE or the user's cache"
     )
+
+    @model_validator(mode="after")
+    def _clips(self) -> Data:
+        if self.frames is None and (self.fps is not None or self.frame_buckets or self.bucket_budget != "frame"):
+            raise ValueError(
+                "data.fps, data.frame_buckets and data.bucket_budget are about clips: give data.frames too"
+            )
+        if self.frame_buckets and max(self.frame_buckets) >= (self.frames or 0):
+            raise ValueError("data.frame_buckets are shorter than data.frames, which is the longest")
+        if self.bucket_budget == "clip" and not self.frame_buckets:
+            raise ValueError("data.bucket_budget: clip shares pixels among lengths; give data.frame_buckets")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -345,6 +380,9 @@ class Sampling(Strict):
     negative_weight: float = Field(1.0, ge=0, description="of its update, on top of the model's own weights")
     height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     width: PositiveInt | None = None
+    frames: PositiveInt | None = Field(None, description="of a clip, for video families; default: the pipeline's own")
+    fps: float | None = Field(None, gt=0, description="at which a clip plays; default: the family's own")
+    lossless: bool = Field(False, description="clips as RGB H.264 that is read back bit for bit; few browsers play it")
     scheduler: Literal["own", "ddim", "dpm++", "dpm++sde", "euler"] = Field(
         "own", description="own: the one in the checkpoint folder; dpm++sde adds noise at each step"
     )
@@ -368,6 +406,16 @@ class SampleConfig(Sampling):
     )
     output: Path = Field(description="folder: images/ and table.jsonl")
     limit: PositiveInt | None = Field(None, description="use only the first prompts")
+    guidance: Guidance | None = Field(None, description="towards rewards (docs/guidance.md); null: plain sampling")
+
+    @model_validator(mode="after")
+    def _stepped(self) -> SampleConfig:
+        if self.guidance and self.scheduler.startswith("dpm++"):
+            raise ValueError(
+                f"guidance takes its own steps, which are those of ddim and euler; scheduler: {self.scheduler} has no "
+                "part in them, drop it"
+            )
+        return self
 
 
 class Scoring(Strict):

@@ -19,7 +19,8 @@ import numpy as np
 from mmalign import labelling, prefer_pool, score
 from mmalign.config import dump, nearest
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
-from mmalign.jobs_prefer import PHI, Filters, Pairs, PreferConfig, Ranking, RewardSpec, Route, SampleSource
+from mmalign.jobs_align import RewardSpec
+from mmalign.jobs_prefer import PHI, Filters, Pairs, PreferConfig, Ranking, Route, SampleSource
 from mmalign.prefer_pool import TOO_FEW, PictureList, content
 from mmalign.progress import track
 from mmalign.records import MediaRef

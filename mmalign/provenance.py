@@ -15,6 +15,7 @@ import math
 import ntpath
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from mmalign import __version__
 from mmalign.media import image_text, is_video, write_image, write_video
 from mmalign.paths import find
 from mmalign.source import MediaError, well_formed, whole_file
-from mmalign.video import clip_tags
+from mmalign.video_container import clip_tags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,7 @@ MAX_SIDECAR_BYTES = 1 << 20
 # Keys of a sampling job that decide no pixel, or that `record` says in its own words.
 _ELSEWHERE = frozenset({
     "model", "prompts", "output", "limit", "per_prompt", "seed", "batch_size", "device", "provenance", "height",
-    "width", "frames", "fps", "negative_lora", "kind", "name",
+    "width", "frames", "fps", "lossless", "negative_lora", "guidance", "kind", "name",
 })  # fmt: skip
 
 
@@ -48,6 +49,7 @@ def record(
     *,
     scheduler: str = "",
     negative_lora: str | None = None,
+    guidance: Mapping[str, Any] | None = None,
 ) -> Record:
     """What made one picture or clip, as plain JSON values.
 
@@ -56,6 +58,7 @@ def record(
         weights: sha256 of each part of the model, and of its LoRA under `lora`, as `models.base.fingerprint` gives.
         scheduler: name of the class that the steps were made with.
         negative_lora: sha256 of the LoRA that guidance led away from.
+        guidance: strategy and settings of reward guidance, evaluators by their weights' sha256.
     """
     parts = {name: digest for name, digest in sorted(weights.items()) if name != "lora"}
     model: Record = {"name": _called(config.model.path), "hash": _digest(parts), "parts": parts}
@@ -73,6 +76,8 @@ def record(
     found |= {name: _plain(value) for name, value in settings.items() if value is not None}
     if scheduler:
         found["scheduler_class"] = scheduler
+    if guidance:
+        found["guidance"] = _plain(guidance)
     return found
 
 
@@ -105,6 +110,9 @@ def _plain(value: Any) -> Any:
 
 
 def _named(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("{"):  # parameters of an evaluator, as results keep them
+        with suppress(json.JSONDecodeError):
+            return _plain(json.loads(value))
     if isinstance(value, str) and (os.path.isabs(value) or ntpath.splitdrive(value)[0]) and " " not in value:
         return ntpath.basename(value)
     return value
@@ -122,20 +130,22 @@ def write_picture(path: str | Path, image: np.ndarray, record: Record | None) ->
     write_image(path, image, {KEY: _json(full), "parameters": parameters(full)})
 
 
-def write_clip(path: str | Path, frames: torch.Tensor, fps: float, record: Record | None) -> None:
+def write_clip(
+    path: str | Path, frames: torch.Tensor, fps: float, record: Record | None, lossless: bool = False
+) -> None:
     """Write uint8 [T, 3, H, W] as H.264 with its record, in tags and beside it (None: without).
 
     The sidecar is first, so that a clip that is there is never without it. ValueError as in `write_video`.
     """
     path = Path(path)
     if record is None:
-        write_video(path, frames, fps)
+        write_video(path, frames, fps, lossless)
         return
     full = record | {"height": frames.shape[2], "width": frames.shape[3], "frames": len(frames), "fps": fps}
     with whole_file(sidecar(path)) as temporary:
         temporary.write_text(json.dumps(full, indent=2) + "\n", encoding="ascii")
     title = well_formed(record["prompt"]).replace("\0", "\ufffd")
-    write_video(path, frames, fps, tags={"title": title, "comment": _json(full)})
+    write_video(path, frames, fps, lossless, tags={"title": title, "comment": _json(full)})
 
 
 def sidecar(path: str | Path) -> Path:

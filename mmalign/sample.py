@@ -1,9 +1,10 @@
-"""Batch generation: prompts in, pictures and a media table out. Each picture has its own seed, whatever its batch."""
+"""Batch generation: prompts in, pictures or clips and a media table out. Each has its own seed, whatever its batch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,16 @@ import torch
 
 from mmalign import provenance, report_sheet
 from mmalign.config import dump
+from mmalign.guidance import sampling as guided
+from mmalign.guidance.summary import lines, summarise
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
+from mmalign.media import clip_facts
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
 from mmalign.models.negative import guide_away
+from mmalign.models.video import VideoAdapter
 from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import Record, missing_columns, read_records
@@ -104,29 +109,54 @@ def run(config: SampleConfig) -> Path:
     _check_sides(config, 8)
     if config.negative_lora:
         base.lora_file(config.negative_lora, "negative_lora")
+    if config.guidance:
+        guided.check(config.guidance)
     base.check(config.model)  # before anything is written: a mistyped path leaves no folder behind
     identity = _check_same(config)
-    missing = [request for request in wanted if not _place(folder, request).is_file()]
+    clips = base.modality_of(config.model) == "video"
+    _check_clips(config, clips)
+    missing = [request for request in wanted if not _place(folder, request, clips).is_file()]
     adapter = load(config, device) if missing else None
     with alone_in(folder, "mmalign sample"):
-        _begin(config, identity)
+        _begin(config, identity, clips)
         if adapter is not None:
             told = _teller(config, identity, adapter)
             with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
                 done = len(wanted) - len(missing)
-                for part, images in generate(adapter, missing, config):
+                for part, images in _drawn(adapter, missing, config, bar, done):
                     for request, image in zip(part, images, strict=True):
-                        provenance.write_picture(_place(folder, request), image, told(request))
+                        _write(config, _place(folder, request, clips), image, adapter, told(request))
                     done += len(part)
                     bar.update(done)
         name = str(config.model.lora or config.model.path)
         rows = [
-            MediaRow(r.sample, r.prompt, str(_place(folder, r).absolute()), group=r.group, seed=r.seed, model=name)
+            MediaRow(
+                r.sample, r.prompt, str(_place(folder, r, clips).absolute()), group=r.group, seed=r.seed, model=name,
+                aux=guided.columns(guided.read_record(folder, r.sample)) if config.guidance else {},
+                **(_clip_facts(_place(folder, r, clips)) if clips else {}),
+            )
             for r in wanted
-        ]
+        ]  # fmt: skip
         write_media_table(folder / "table.jsonl", rows)
         report_sheet.build([folder / "table.jsonl"], folder / "index.html")
+        if config.guidance:
+            records = [guided.read_record(folder, request.sample) for request in wanted]
+            found = summarise(config.guidance, records, [request.group for request in wanted], folder)
+            print(lines(found), file=sys.stderr)
     return folder / "table.jsonl"
+
+
+def _drawn(
+    adapter: Adapter, missing: list[Request], config: SampleConfig, bar: Progress, done: int
+) -> Iterator[tuple[list[Request], list[np.ndarray]]]:
+    """Batches with their pictures, plain or guided."""
+    if config.guidance is None:
+        return generate(adapter, missing, config)
+
+    def tell(drawn: float, reward: float | None) -> None:
+        bar.update(done + drawn, {} if reward is None else {"reward": reward})
+
+    return guided.run(adapter, missing, config, tell)
 
 
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -145,6 +175,10 @@ def load(config: SampleConfig, device: torch.device) -> Adapter:
     """
     adapter = base.load(config.model, device=device, dtype=_DTYPES[config.dtype])
     _check_sides(config, adapter.multiple)
+    if isinstance(adapter, VideoAdapter) and config.frames:
+        adapter.check_frames(config.frames, "frames")
+    if isinstance(adapter, VideoAdapter) and config.fps:
+        adapter.fps = config.fps
     if config.negative_lora:
         guide_away(adapter, config.negative_lora, config.negative_weight)
     if config.scheduler != "own":
@@ -152,9 +186,21 @@ def load(config: SampleConfig, device: torch.device) -> Adapter:
 
         own = adapter.pipe.scheduler.config
         flow = adapter.process.kind == "flow"
-        name, settings = _flow_scheduler(adapter, config.scheduler) if flow else _SCHEDULERS[config.scheduler]
+        name, settings = _flow_scheduler(adapter, config.scheduler) if flow else _scheduler(adapter, config.scheduler)
         adapter.pipe.scheduler = getattr(diffusers, name).from_config(own, **settings)
     return adapter
+
+
+def _scheduler(adapter: Adapter, wanted: str) -> tuple[str, dict[str, Any]]:
+    """Class and settings of the scheduler of an eps or v model."""
+    if adapter.schedulers is None:
+        return _SCHEDULERS[wanted]
+    if wanted not in adapter.schedulers:
+        raise ValueError(
+            f"scheduler: {wanted}: it does not have the noise levels that {adapter.family} was trained with; use "
+            f"{' or '.join(('own', *adapter.schedulers))}"
+        )
+    return adapter.schedulers[wanted]
 
 
 def _flow_scheduler(adapter: Adapter, wanted: str) -> tuple[str, dict[str, Any]]:
@@ -176,18 +222,17 @@ def _flow_scheduler(adapter: Adapter, wanted: str) -> tuple[str, dict[str, Any]]
 def generate(
     adapter: Adapter, wanted: list[Request], config: SampleConfig
 ) -> Iterator[tuple[list[Request], list[np.ndarray]]]:
-    """Batches of requests with their pictures, uint8 [H, W, 3]; one CPU generator per picture."""
+    """Batches of requests with their pictures, uint8 [H, W, 3], or clips [F, H, W, 3]; one CPU generator for each."""
+    length = {"num_frames": config.frames} if config.frames else {}
     for start in range(0, len(wanted), config.batch_size):
         part = wanted[start : start + config.batch_size]
         negative = [config.negative_prompt] * len(part) if config.negative_prompt else None
-        with torch.no_grad():
-            images = adapter.pipeline()(
-                [request.prompt for request in part],
-                num_inference_steps=config.steps,
-                **adapter.call_arguments(config.guidance_scale, negative, len(part)),
-                height=config.height, width=config.width, output_type="np",
-                generator=[torch.Generator().manual_seed(request.seed) for request in part],
-            ).images  # fmt: skip
+        images = adapter.draw(
+            [request.prompt for request in part],
+            [torch.Generator().manual_seed(request.seed) for request in part],
+            guidance_scale=config.guidance_scale, negative_prompts=negative, num_inference_steps=config.steps,
+            **{name: side for name in ("height", "width") if (side := getattr(config, name))}, **length,
+        )  # fmt: skip
         if not np.isfinite(images).all():
             raise ValueError(
                 f"the model drew values that are not finite with dtype {config.dtype}, in a batch that begins with "
@@ -203,14 +248,36 @@ def _teller(
     if not config.provenance:
         return lambda request: None
     weights = {name: digest for name, digest in identity["model"].items() if isinstance(digest, str)}
+    told = {name: identity[name] for name in ("negative_lora", "guidance")}
     scheduler = type(adapter.pipe.scheduler).__name__
-    return lambda request: provenance.record(
-        config, weights, request.prompt, request.seed, scheduler=scheduler, negative_lora=identity["negative_lora"]
-    )
+    if config.guidance:  # it takes these steps itself
+        scheduler = "Euler" if adapter.process.kind == "flow" else "DDIM"
+    return lambda request: provenance.record(config, weights, request.prompt, request.seed, scheduler=scheduler, **told)
 
 
-def _place(folder: Path, request: Request) -> Path:
-    return folder / "images" / f"{request.sample}.png"
+def _place(folder: Path, request: Request, clips: bool) -> Path:
+    return folder / ("videos" if clips else "images") / f"{request.sample}{'.mp4' if clips else '.png'}"
+
+
+def _write(
+    config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapter, told: provenance.Record | None
+) -> None:
+    if isinstance(adapter, VideoAdapter):
+        frames = torch.from_numpy(picture).permute(0, 3, 1, 2)
+        provenance.write_clip(path, frames, adapter.fps, told, lossless=config.lossless)
+    else:
+        provenance.write_picture(path, picture, told)
+
+
+def _clip_facts(path: Path) -> dict[str, Any]:
+    facts = clip_facts(path)
+    return {"modality": "video", "fps": facts.fps, "num_frames": facts.num_frames}
+
+
+def _check_clips(config: SampleConfig, clips: bool) -> None:
+    for name in ("frames", "fps", "lossless"):
+        if getattr(config, name) and not clips:
+            raise ValueError(f"{name}: the model of {config.model.path} draws pictures, and this is for clips; drop it")
 
 
 def _check_sides(config: SampleConfig, multiple: int) -> None:
@@ -231,6 +298,7 @@ def _check_same(config: SampleConfig) -> dict[str, Any]:
     now["prompts"] = hashlib.sha256(json.dumps(_prompts(find(config.prompts))).encode()).hexdigest()
     told = config.model.model_dump(include={"max_sequence_length", "guidance"}, exclude_none=True)
     now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
+    now["guidance"] = guided.identity(config.guidance) if config.guidance else None
     now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch), **told}
     if path.is_file():
         before = json.loads(path.read_text())["config"]
@@ -243,8 +311,8 @@ def _check_same(config: SampleConfig) -> dict[str, Any]:
     return now
 
 
-def _begin(config: SampleConfig, identity: dict[str, Any]) -> None:
+def _begin(config: SampleConfig, identity: dict[str, Any], clips: bool) -> None:
     """Makes the folder, with config.yaml and run.json; after the model has loaded, so that a mistake leaves nothing."""
-    (config.output / "images").mkdir(parents=True, exist_ok=True)
+    (config.output / ("videos" if clips else "images")).mkdir(parents=True, exist_ok=True)
     (config.output / "config.yaml").write_text(dump(config))
     (config.output / "run.json").write_text(json.dumps({"config": identity, "versions": versions()}, indent=2))

@@ -42,6 +42,7 @@ __all__ = [
     "columns",
     "read_media_table",
     "read_preferences",
+    "summary",
     "write_media_table",
     "write_preferences",
 ]
@@ -58,7 +59,7 @@ class PreferenceTable:
 
     def summary(self) -> str:
         """Such as "kept 10 of 12 rows; dropped 2: 1 no label, 1 undecodable image (train.parquet row 7 jpg_1)"."""
-        return _summary(len(self.rows), self.dropped)
+        return summary(len(self.rows), self.dropped)
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ class CaptionedTable:
 
     def summary(self) -> str:
         """As that of a `PreferenceTable`."""
-        return _summary(len(self.rows), self.dropped)
+        return summary(len(self.rows), self.dropped)
 
 
-def _summary(kept: int, dropped: Sequence[Dropped]) -> str:
+def summary(kept: int, dropped: Sequence[Dropped]) -> str:
+    """What was kept and what was dropped and why, in one sentence without a full stop."""
     if not dropped:
         return f"kept all {kept} rows"
     by_reason: dict[str, list[str]] = {}

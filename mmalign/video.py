@@ -16,27 +16,16 @@ import importlib
 import importlib.metadata
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import av
 import numpy as np
-from av.stream import Disposition
 
-from mmalign.frame_plans import AllFrames, EveryFps, FramePlan, QwenFps, Uniform
-from mmalign.source import (
-    MediaError,
-    Source,
-    contents,
-    head_of,
-    name_of,
-    opened,
-    read_bytes,
-    refuse_shape,
-)
+from mmalign.frame_plans import AllFrames, CommonFps, EveryFps, FramePlan, QwenFps, Timeline, Uniform, picked
+from mmalign.source import MediaError, Source, name_of, read_bytes, refuse_shape
+from mmalign.video_container import MAX_FRAME_PIXELS, Facts, open_clip, short, stream_of, survey, timeline
 
 if TYPE_CHECKING:  # imported where it is used: processes that only decode do without it, and start at once
     import torch
@@ -47,12 +36,16 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "AllFrames",
     "Clip",
+    "ClipFacts",
+    "CommonFps",
     "EveryFps",
     "FramePlan",
     "Frames",
     "QwenFps",
     "Uniform",
     "check_video",
+    "clip_facts",
+    "clip_frames",
     "decord_version",
     "pyav_version",
     "read_frames",
@@ -60,9 +53,7 @@ __all__ = [
 ]
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
-MAX_FRAME_PIXELS = 1 << 26  # 8192x8192; FFmpeg decodes several frames at once, and an empty one of any size is tiny
 MAX_CLIP_BYTES = 4 << 30  # of picked frames as uint8 RGB: 10 minutes of 640x360 at 10 a second, 690 frames of 1080p
-SLOWEST, FASTEST = 0.01, 1000  # frames per second; beyond lie damaged time bases
 
 
 @dataclass(frozen=True)
@@ -79,13 +70,20 @@ class Clip:
 
 @dataclass(frozen=True)
 class Frames:
-    """As `Clip`, with the picked frames as arrays uint8 [H, W, 3] by frame number, each once."""
+    """As `Clip`, with the picked frames as arrays uint8 [H, W, 3] by number, each once, and when all are shown."""
 
     picked: dict[int, np.ndarray]
-    fps: float
-    num_frames: int
+    timeline: Timeline
     decoder: str
     indices: tuple[int, ...]
+
+    @property
+    def fps(self) -> float:
+        return self.timeline.fps
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.timeline.starts)
 
 
 def read_video(
@@ -129,27 +127,97 @@ def read_frames(
     if decoder not in ("auto", "decord", "pyav"):
         raise ValueError(f"decoder is 'auto', 'decord' or 'pyav', not {decoder!r}")
     media = _held(source)
-    facts = _survey(media)
+    facts = survey(media)
     take, version = _take_pyav, pyav_version()
     if decoder == "decord":
         take, version = _take_decord, _usable_decord(facts, name_of(media))
-    count = facts.packets
+    times = facts.timeline
     for _ in range(2):  # twice only where packets are not frames: hidden, cut or field-coded pictures
-        indices = tuple(plan.indices(count, facts.fps))
+        indices = _asked(plan, times, media)
         picks = _Picks(name_of(media), set(indices), max_bytes)
         picks.refuse_too_many(facts.height, facts.width)
-        found = take(media, picks)
-        if found == count:
+        times = take(media, picks, times)
+        if _asked(plan, times, media) == indices:
             break
-        count = found
-    return Frames(picks.frames, facts.fps, count, version, indices)
+    return Frames(picks.frames, times, version, indices)
 
 
-def check_video(source: Source) -> None:
-    """Decode the whole clip without keeping a frame. MediaError as in `read_video`."""
+def _asked(plan: FramePlan, times: Timeline, media: Source) -> tuple[int, ...]:
+    try:
+        return picked(plan, times)
+    except ValueError as error:
+        raise MediaError(name_of(media), str(error)) from None
+
+
+def check_video(source: Source, plan: FramePlan | None = None) -> Timeline:
+    """Decode the whole clip without keeping a frame; when its frames are shown.
+
+    MediaError as in `read_video`, and where `plan` cannot pick from it.
+    """
     media = _held(source)
-    _survey(media)
-    _take_pyav(media, _Picks(name_of(media), set(), MAX_CLIP_BYTES))
+    times = _take_pyav(media, _Picks(name_of(media), set(), MAX_CLIP_BYTES), survey(media).timeline)
+    if plan is not None:
+        _asked(plan, times, media)
+    return times
+
+
+# ------------------------------------------------------------------------------------------------ for training
+
+
+def clip_frames(source: Source, *, fps: float | None, frames: int, at: float = 0.0) -> np.ndarray:
+    """`frames` frames that play at `fps`, uint8 [frames, H, W, 3] RGB in 0..255, upright.
+
+    Args:
+        fps: which frames those are follows from when each is shown, also where the rate varies (`CommonFps`); None
+            takes frames in a row, at whatever rate the clip has.
+        at: where the part that is taken lies in the clip, from 0 (at its start) to 1 (at its end).
+
+    Raises:
+        MediaError: as in `read_video`, and for a clip too short for as many frames. None is padded.
+    """
+    found = read_frames(source, CommonFps(fps, frames, at))
+    return np.stack([found.picked[index] for index in found.indices])
+
+
+class ClipFacts(NamedTuple):
+    """What is known of a clip without decoding it; `fps` is the average by its times, so num_frames / fps is its length
+    in seconds. Height and width are those of an upright frame."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+
+    def frames_at(self, fps: float | None) -> int:
+        """How many frames `clip_frames` can give at this rate."""
+        return CommonFps(fps, 1).longest(Timeline.regular(self.num_frames, self.fps))
+
+
+def clip_facts(source: Source) -> ClipFacts:
+    """Of the file's headers and packets, and one frame, which alone says how a phone was held.
+
+    MediaError as in `read_video` but for what only decoding shows: damage inside, packets that hold no frame.
+    """
+    media = _held(source)
+    facts = survey(media)
+    height, width = _first_size(media)
+    return ClipFacts(len(facts.timeline.starts), facts.timeline.rate, height, width)
+
+
+def _first_size(media: Source) -> tuple[int, int]:
+    name = name_of(media)
+    with open_clip(media) as container:
+        stream = stream_of(container, name)
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        try:
+            frame = next(container.decode(stream), None)
+        except av.FFmpegError as error:
+            message = f"is truncated or damaged at frame 0 ({short(error)}); write it again, or drop the row"
+            raise MediaError(name, message) from error
+        if frame is None:
+            raise MediaError(name, _NOTHING)
+        refuse_shape(name, frame.width, frame.height)
+        return (frame.width, frame.height) if _turns(frame, name) % 2 else (frame.height, frame.width)
 
 
 @dataclass(frozen=True)
@@ -208,163 +276,11 @@ def decord_version() -> str | None:
         return None
 
 
-_AGAIN = "it was cut off: write or download it again, or drop the row"
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What a file says about its clip before anything is decoded."""
-
-    packets: int
-    fps: float
-    width: int
-    height: int
-    pixels: str  # FFmpeg's name of the pixel format
-    container: str
-    cut: bool  # packets that are decoded but not shown: an edit list, or pictures before the first key frame
-
-
-# Demuxers that read one file and nothing else. Playlists (HLS, DASH, concat) name further files and addresses, which
-# FFmpeg would open: a text called x.mp4 could pull in any clip of this machine. Those of still pictures make up a rate.
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
-
-
-@contextmanager
-def _open(media: Source, **options: str) -> Iterator[Any]:
-    """The container. MediaError for what is none, with what it is instead where its first bytes tell."""
-    name = name_of(media)
-    found = contents(head_of(media))
-    if found is not None and found.kind != "clip" and found.label != "a GIF image":
-        raise MediaError(name, found.instead_of("a clip"))
-    with opened(media) as file:
-        limits = {"format_whitelist": _CONTAINERS, "protocol_whitelist": ""}
-        try:
-            container = av.open(file, options=limits | options)
-        except (av.FFmpegError, ValueError) as error:
-            problem = f"is no readable clip, or is truncated ({_short(error)}); write it again, or drop the row"
-            raise MediaError(name, problem) from error
-        with container:
-            yield container
-
-
-def clip_tags(source: Source) -> dict[str, str]:
-    """The tags of a clip's container, such as `title` and `comment`, their names in small letters. Nothing is decoded.
-
-    MediaError for what is no readable clip.
-    """
-    with _open(_held(source)) as container:
-        return {name.lower(): value for name, value in container.metadata.items()}
-
-
-def _short(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error).splitlines()[0]
-
-
-def _stream(container: Any, name: str) -> Any:
-    """The first video stream that is no cover picture of a piece of music."""
-    streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
-    if not streams:
-        raise MediaError(name, "holds no video stream; drop the row, or set modality: image if it is a picture")
-    return streams[0]
-
-
-def _survey(media: Source) -> _Facts:
-    name = name_of(media)
-    with _open(media) as container:
-        stream = _stream(container, name)
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate:
-            raise MediaError(name, "states no frame rate; re-mux it with one (ffmpeg -r 24 -i in -c copy out)")
-        if not SLOWEST <= rate <= FASTEST:
-            raise MediaError(
-                name, f"states {float(rate):g} frames per second; re-mux it with its own rate (ffmpeg -r 24 -i in ...)"
-            )
-        context = stream.codec_context
-        if context is None:
-            raise MediaError(name, "is of no codec that is known here; re-encode it as H.264, or drop the row")
-        if context.width * context.height > MAX_FRAME_PIXELS:
-            size = f"has frames of {context.width}x{context.height}, more than {MAX_FRAME_PIXELS:,} pixels"
-            raise MediaError(name, f"{size}; scale it down (ffmpeg -i in -vf scale=1920:-2 out)")
-        try:
-            packets, end = _packets(container, stream)
-        except av.FFmpegError as error:
-            raise MediaError(name, f"is truncated or damaged ({_short(error)}); write it again, or drop it") from error
-        if not packets:
-            raise MediaError(name, f"holds no frame; {_AGAIN}")
-        whole = not any(packet.is_corrupt for packet in packets)
-        if not whole or _stored(media, len(packets), stream.frames) < stream.frames:
-            raise MediaError(
-                name, f"is truncated, {len(packets)} of {stream.frames or 'its'} frames are there; {_AGAIN}"
-            )
-        if container.format.name.startswith("matroska"):
-            _refuse_short(media, container, end, float(rate))
-        shown = [packet for packet in packets if not packet.is_discard]
-        first = packets[0]
-        leading = any(packet.pts is not None and packet.pts < (first.pts or 0) for packet in packets)
-        cut = len(shown) != len(packets) or len(packets) < stream.frames or not first.is_keyframe or leading
-        pixels, format_name = str(context.pix_fmt), container.format.name
-        return _Facts(len(shown), float(rate), context.width, context.height, pixels, format_name, cut)
-
-
-def _packets(container: Any, stream: Any) -> tuple[list[Any], float]:
-    """The clip's packets, in file order, and the time in seconds at which the last packet of any stream ends."""
-    packets, end = [], 0.0
-    for packet in container.demux():
-        if not packet.size:
-            continue  # the marker at the end of each stream
-        if packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        if packet.stream.index == stream.index:
-            packets.append(packet)
-    return packets, end
-
-
-def _stored(media: Source, seen: int, declared: int) -> int:
-    """The number of packets in the file, those outside an edit list included (MP4 counts them in what it declares)."""
-    if seen >= declared:
-        return seen
-    with _open(media, ignore_editlist="1") as container:
-        return sum(bool(packet.size) for packet in container.demux(_stream(container, name_of(media))))
-
-
-def _refuse_short(media: Source, container: Any, end: float, fps: float) -> None:
-    """FFmpeg reads half of a Matroska file without a word. It declares its length in bytes, and also in seconds."""
-    name = name_of(media)
-    with opened(media) as file:
-        size, declared_size = file.seek(0, io.SEEK_END), _matroska_size(head_of(media))
-    if declared_size is not None and size < declared_size:
-        raise MediaError(name, f"is truncated, {size:,} of {declared_size:,} bytes are there; {_AGAIN}")
-    declared = container.duration / av.time_base if container.duration else 0.0
-    slack = max(3 / fps, 0.01 * declared)
-    if end < declared - slack:
-        raise MediaError(name, f"is truncated, {end:.2f} of {declared:.2f} seconds are there; {_AGAIN}")
-
-
-def _matroska_size(head: bytes) -> int | None:
-    """The bytes that a Matroska file should have: its header and its segment, each an id of four bytes and a size.
-
-    None where the segment has no size, as in what was streamed.
-    """
-
-    def length(place: int) -> tuple[int, int | None]:
-        """Where the size at `place` ends, and what it is: as many bytes as the first has leading zeros, and one."""
-        width = 9 - head[place].bit_length()
-        value = int.from_bytes(head[place : place + width]) & ((1 << 7 * width) - 1)
-        return place + width, None if value == (1 << 7 * width) - 1 else value
-
-    try:
-        place, header = length(4)
-        start, segment = length(place + (header or 0) + 4)
-    except IndexError:  # a header of another kind
-        return None
-    return None if segment is None else start + segment
-
-
-def _take_pyav(media: Source, picks: _Picks) -> int:
-    """Decode all, convert the picked frames; the number of frames found."""
-    name, count = picks.name, 0
-    with _open(media) as container:
-        stream = _stream(container, name)
+def _take_pyav(media: Source, picks: _Picks, expected: Timeline) -> Timeline:
+    """Decode all, convert the picked frames; when the frames that were found are shown."""
+    name, count, told = picks.name, 0, []
+    with open_clip(media) as container:
+        stream = stream_of(container, name)
         stream.thread_type = "AUTO"
         # FFmpeg's own limit is that of its arithmetic.
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
@@ -375,27 +291,37 @@ def _take_pyav(media: Source, picks: _Picks) -> int:
                 picks.see(frame.height, frame.width)
                 if count in picks.wanted:
                     picks.frames[count] = _upright(frame, name)
+                if frame.pts is not None:
+                    told.append((frame.pts, frame.duration))
                 count += 1
         except av.FFmpegError as error:
-            message = f"is truncated or damaged at frame {count} ({_short(error)}); write it again, or drop the row"
+            message = f"is truncated or damaged at frame {count} ({short(error)}); write it again, or drop the row"
             raise MediaError(name, message) from error
     if not count:
-        raise MediaError(name, "holds no decodable frame; write or download it again, or drop the row")
-    return count
+        raise MediaError(name, _NOTHING)
+    return timeline(told, count, stream.time_base, expected.fps)
+
+
+_NOTHING = "holds no decodable frame; write or download it again, or drop the row"
 
 
 def _upright(frame: Any, name: str) -> np.ndarray:
     """uint8 [H, W, 3]. FFmpeg gives the rotation tag in degrees counter-clockwise, and numpy turns that way too."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=_turns(frame, name)))
+
+
+def _turns(frame: Any, name: str) -> int:
+    """By how many right angles a frame is to be turned."""
     if frame.rotation % 90:
         raise MediaError(name, f"is tagged as turned by {frame.rotation} degrees; re-encode it upright")
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90))
+    return int(frame.rotation // 90)
 
 
 _DECORD_CONTAINERS = ("mov", "matroska", "avi")
 _DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gbrp", "bgr0")
 
 
-def _usable_decord(facts: _Facts, name: str) -> str:
+def _usable_decord(facts: Facts, name: str) -> str:
     """decord's version, or a MediaError that says why its frames cannot be had or would not be PyAV's."""
     use = "use decoder='auto'"
     try:
@@ -411,8 +337,11 @@ def _usable_decord(facts: _Facts, name: str) -> str:
     return decord_version() or "decord"
 
 
-def _take_decord(media: Source, picks: _Picks) -> int:
-    """As `_take_pyav`. In order, never by seeking: after an open GOP decord's random access is off by some frames."""
+def _take_decord(media: Source, picks: _Picks, expected: Timeline) -> Timeline:
+    """As `_take_pyav`, with times by the packets.
+
+    In order, never by seeking: after an open GOP decord's random access is off by some frames.
+    """
     import decord  # here, since it is optional and brings a second FFmpeg into the process
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -424,5 +353,5 @@ def _take_decord(media: Source, picks: _Picks) -> int:
             picks.see(*frames.shape[1:3])
             picks.frames |= {index: frames[index - start].copy() for index in chunk if index in picks.wanted}
     except (decord.DECORDError, StopIteration, RuntimeError) as error:
-        raise MediaError(picks.name, f"decord cannot decode it ({_short(error)}); use decoder='auto'") from error
-    return len(reader)
+        raise MediaError(picks.name, f"decord cannot decode it ({short(error)}); use decoder='auto'") from error
+    return expected if len(reader) == len(expected.starts) else Timeline.regular(len(reader), expected.fps)

@@ -28,7 +28,7 @@ from mmalign.models import base
 from mmalign.provenance import parameters, read_provenance, record, sidecar, write_clip, write_picture
 from mmalign.source import MediaError
 from mmalign.testing.tiny import tiny_sd
-from mmalign.video import clip_tags
+from mmalign.video_container import clip_tags
 
 HOSTILE = 'say "x", Steps: 3\nNegative prompt: ä 一 \N{GRINNING FACE} \0 \ud800 <b> \\'
 
@@ -246,18 +246,14 @@ def test_it_can_be_left_out(model: Path, tmp_path: Path) -> None:
 
 
 def test_settings_of_a_block_tell_no_paths(model: Path, tmp_path: Path) -> None:
-    class Steered(SampleConfig):
-        steering: dict[str, Any] = {}
-
     block = {
         "kind": "best_of_n", "clamp": float("inf"), "places": [tmp_path / "a" / "head", "C:\\Users\\anna\\w.pt"],
-        "reward": {"checkpoint": "/home/anna/hps.pt", "question": "/is this a red circle/ or not"},
+        "rewards": [{"params": '{"checkpoint": "/home/anna/hps.pt", "question": "/is this a red circle/ or not"}'}],
     }  # fmt: skip
-    settings = Steered.model_validate({**_config(model, tmp_path, "out").model_dump(), "steering": block})
-    found = record(settings, {"unet": "x"}, "p", 1)["steering"]
+    found = record(_config(model, tmp_path, "out"), {"unet": "x"}, "p", 1, guidance=block)["guidance"]
     assert found == {
         "kind": "best_of_n", "clamp": "inf", "places": ["head", "w.pt"],
-        "reward": {"checkpoint": "hps.pt", "question": "/is this a red circle/ or not"},
+        "rewards": [{"params": {"checkpoint": "hps.pt", "question": "/is this a red circle/ or not"}}],
     }  # fmt: skip
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 

@@ -15,7 +15,7 @@ from hostile_clip_kit import muxed
 from media_kit import encode, encoded, moving, picture
 from PIL import Image
 
-from mmalign import media, video
+from mmalign import media, video, video_container
 from mmalign.frame_plans import _linspace
 from mmalign.media import (
     AllFrames,
@@ -373,8 +373,8 @@ def test_a_text_cannot_pull_in_other_files(tmp_path: Path, monkeypatch: pytest.M
         for decoder in ("auto", "decord"):
             with pytest.raises(MediaError, match=r"holds text|no readable clip"):
                 read_video(tmp_path / "a.mp4", decoder=decoder)
-    plain = video.contents
-    monkeypatch.setattr(video, "contents", lambda head: None)  # FFmpeg's own list refuses it too
+    plain = video_container.contents
+    monkeypatch.setattr(video_container, "contents", lambda head: None)  # FFmpeg's own list refuses it too
     (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile 'secret.mp4'\n")
     with pytest.raises(MediaError, match="no readable clip"):
         read_video(tmp_path / "a.mp4")

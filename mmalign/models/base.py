@@ -28,6 +28,11 @@ _CLASSES = {
     "PixArtSigmaPipeline": ("pixart", "mmalign.models.pixart:PixArtSigma"),
     "SanaPipeline": ("sana", "mmalign.models.sana:Sana"),
     "QwenImagePipeline": ("qwen_image", "mmalign.models.qwen_image:QwenImage"),
+    "WanPipeline": ("wan", "mmalign.models.wan:Wan"),
+    "CogVideoXPipeline": ("cogvideox", "mmalign.models.cogvideox:CogVideoX"),
+    "HunyuanVideoPipeline": ("hunyuan_video", "mmalign.models.hunyuan_video:HunyuanVideo"),
+    "LTXPipeline": ("ltx", "mmalign.models.ltx:LTXVideo"),
+    "AnimateDiffPipeline": ("animatediff", "mmalign.models.animatediff:AnimateDiff"),
 }
 
 
@@ -46,6 +51,17 @@ def family_of(path: Path) -> str:
             f"{path}: no adapter for {name or 'an index without _class_name'}; known: {', '.join(_CLASSES)}"
         )
     return _CLASSES[name][0]
+
+
+def modality_of(config: Model) -> str:
+    """What a checkpoint draws, image or video, before it is loaded. ValueError as `family_of`."""
+    return modality_of_family(family_of(find(config.path)))
+
+
+def modality_of_family(family: str) -> str:
+    """What a family of generators draws: image or video."""
+    module, _, name = {key: where for key, where in _CLASSES.values()}[family].partition(":")
+    return str(getattr(importlib.import_module(module), name).modality)
 
 
 def pipeline_name(family: str) -> str:

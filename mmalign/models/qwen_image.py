@@ -21,6 +21,7 @@ class QwenImage(Adapter):
     """
 
     family = "qwen_image"
+    even_sigmas = True
     guides_in_one_call = False
     pipeline_class: Any = QwenImagePipeline
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -44,6 +45,12 @@ class QwenImage(Adapter):
         """The pipeline guides only where it is given negative prompts; by default they are empty, as in training."""
         guided = {"negative_prompt": negative_prompts or [""] * count} if guidance_scale > 1 else {}
         return {"true_cfg_scale": guidance_scale, "max_sequence_length": self.text_length, **guided}
+
+    def guided(self, towards: Tensor, away: Tensor, scale: float) -> Tensor:
+        """As in other families, each token then as long as the conditional one, as in the pipeline."""
+        tokens = pack(super().guided(towards, away, scale))
+        lengths = pack(towards).norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)
+        return unpack(tokens * lengths, tuple(towards.shape))
 
     # ------------------------------------------------------------------------------------------------ prompts
 
@@ -71,7 +78,7 @@ class QwenImage(Adapter):
         factor: int = 2 ** len(self.vae.config.temperal_downsample)
         return factor
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         return self.vae.config.z_dim, height // self.vae_factor, width // self.vae_factor
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,16 @@ from pathlib import Path
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
 )
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Tokenizer, UMT5Config
 
+from mmalign.shapes import motion
 from mmalign.shapes.captions import WORDS
 
 TOKENS = 24  # longest prompt, with begin and end
@@ -152,6 +155,45 @@ def write_flow(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_video(folder: Path) -> None:
+    """configs/shapes/video: a WanPipeline of about 4 million parameters, clips of 9 frames of 32x32 pixels.
+
+    Latents are 8x8 for a frame in 8 channels, and one frame for four but the first; UMT5 reads a word a token.
+    """
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
+    letters = [(chr(code), -8.0) for code in range(ord("a"), ord("z") + 1)]  # what any other text falls back to
+    pieces = [*special, *(("▁" + word, -1.0) for word in motion.WORDS), *letters]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=96, d_kv=24, d_ff=256, num_layers=3, num_heads=4, dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    text.architectures = ["UMT5EncoderModel"]
+    text.save_pretrained(folder / "text_encoder")
+    WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=36, in_channels=8, out_channels=8, text_dim=96,
+        freq_dim=64, ffn_dim=432, num_layers=7, rope_max_seq_len=32,
+    ).save_config(folder / "transformer")  # fmt: skip
+    AutoencoderKLWan(
+        base_dim=12, z_dim=8, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True],
+        latents_mean=[0.0] * 8, latents_std=[1.0] * 8, scale_factor_temporal=4, scale_factor_spatial=4,
+    ).save_config(folder / "vae")  # fmt: skip
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "WanPipeline",
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def write_clip(folder: Path) -> None:
     """configs/shapes/clip: an open_clip model of 1.6 million parameters for 64x64 pixels, with a ResNet as its tower.
 
@@ -173,4 +215,5 @@ def write_clip(folder: Path) -> None:
 if __name__ == "__main__":
     write_sd(Path(sys.argv[1]) / "sd")
     write_flow(Path(sys.argv[1]) / "flow")
+    write_video(Path(sys.argv[1]) / "video")
     write_clip(Path(sys.argv[1]) / "clip")

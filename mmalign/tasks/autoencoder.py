@@ -1,4 +1,4 @@
-"""Training the autoencoder of a latent diffusion pipeline: one step reconstructs a batch of pictures."""
+"""Training the autoencoder of a latent diffusion pipeline: one step reconstructs a batch of pictures or clips."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor, nn
 
 from mmalign.jobs import TrainConfig
@@ -16,7 +16,7 @@ from mmalign.media import write_image
 from mmalign.methods import Reconstruction
 from mmalign.models import base
 from mmalign.tasks import sources
-from mmalign.tasks.inputs import View, cut, draw, picture
+from mmalign.tasks.inputs import View, check_sizes, clip, cut, cut_clip, draw, picture
 
 
 class AutoencoderTask:
@@ -28,14 +28,15 @@ class AutoencoderTask:
         self.items, dropped = sources.singles(config.data)
         self.size = len(self.items)
         self.adapter = base.load(config.model, device=device)
-        if not isinstance(self.adapter.vae, AutoencoderKL):
+        if not isinstance(self.adapter.vae, AutoencoderKL | AutoencoderKLWan):
             raise ValueError(
-                f"task: autoencoder trains an AutoencoderKL, and {config.model.path} has "
-                f"{type(self.adapter.vae).__name__}; take a model of another family (sd, sdxl, sd3, flux, pixart)"
+                f"task: autoencoder trains an AutoencoderKL or AutoencoderKLWan, and {config.model.path} has "
+                f"{type(self.adapter.vae).__name__}; take a model of another family (sd, sdxl, sd3, flux, pixart, wan)"
             )
+        check_sizes(self.adapter, config.data)
         self.vae = self.adapter.vae.requires_grad_(True).train()
         if device.type == "cpu":
-            self.vae.to(memory_format=torch.channels_last)
+            _lay_out(self.vae, torch.channels_last, torch.channels_last_3d)
         self.modules = nn.ModuleDict({"vae": self.vae})
         self.facts: dict[str, Any] = {"data": dropped, "contents": sources.digest(self.items)}
 
@@ -44,7 +45,12 @@ class AutoencoderTask:
         for index, epoch in positions:
             item = self.items[index]
             generator = draw(self.config.seed, item.media.hash(), epoch)
-            pixels.append(cut(picture(item.media), data.resolution, View.draw(data, generator))[0])
+            view = View.draw(data, generator)
+            if data.frames:
+                frames, side = clip(item.media, data.frames, data.fps, view), (data.resolution, data.resolution)
+                pixels.append(cut_clip(frames, side, view)[0])
+            else:
+                pixels.append(cut(picture(item.media), data.resolution, view)[0])
             generators.append(generator)
         return {"pixels": torch.stack(pixels), "generators": generators, "items": [i for i, _ in positions]}
 
@@ -54,35 +60,59 @@ class AutoencoderTask:
         posterior = self.vae.encode(pixels).latent_dist
         unit = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in batch["generators"]])
         decoded = self.vae.decode(posterior.mean + posterior.std * unit.to(pixels.device)).sample
-        kl = posterior.kl() / posterior.mean[0].numel()
+        mean, var = posterior.mean, posterior.var  # not posterior.kl(), which takes pictures alone
+        kl = 0.5 * (mean.square() + var - 1 - posterior.logvar).flatten(1).mean(1)
         return supervised.reconstruction(pixels, decoded, kl, l1=loss.l1, l2=loss.l2, kl_weight=loss.kl)
 
     @torch.no_grad()
     def validate(self, folder: Path, step: int) -> None:
-        """Writes a strip of originals above their reconstructions."""
+        """Writes a strip of originals above their reconstructions; of clips their frames one below the other."""
         pixels = self.load([(i, 0) for i in range(min(8, self.size))])["pixels"].to(self.adapter.device)
         decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-        rows = torch.cat([torch.cat(list(part), dim=2) for part in (pixels, decoded)], dim=1)
+        if pixels.ndim == 5:
+            pixels, decoded = (part.transpose(1, 2).flatten(0, 1) for part in (pixels[:4], decoded[:4]))
+            count = self.config.data.frames or 1
+            strips = [part[i : i + count] for i in range(0, len(pixels), count) for part in (pixels, decoded)]
+        else:
+            strips = [pixels, decoded]
+        rows = torch.cat([torch.cat(list(part), dim=2) for part in strips], dim=1)
         image = ((rows.permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
         write_image(folder / f"step-{step:06d}.png", image)
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Saves the VAE with white latents (see `whiten`), or, without quant_conv, with latents of unit variance."""
+        """Saves the VAE with white latents (see `whiten`), or, without quant_conv, with latents of unit variance.
+
+        A Wan autoencoder has mean and deviation of each channel in its config.
+        """
         self.vae.eval()
         posteriors = [
             self.vae.encode(self.load([(i, 0)])["pixels"].to(self.adapter.device)).latent_dist
             for i in range(min(256, self.size))
         ]
         mean, var = torch.cat([p.mean for p in posteriors]), torch.cat([p.var for p in posteriors])
-        if self.vae.quant_conv is None:
+        if isinstance(self.vae, AutoencoderKLWan):
+            rows = mean.movedim(1, -1).flatten(0, -2)
+            self.vae.register_to_config(
+                latents_mean=[round(value, 5) for value in rows.mean(0).tolist()],
+                latents_std=[round(value, 5) for value in rows.std(0).tolist()],
+            )
+        elif self.vae.quant_conv is None:
             self.vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
         else:
             whiten(self.vae, mean, var)
-        self.vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+        _lay_out(self.vae, torch.contiguous_format, torch.contiguous_format)
+        self.vae.save_pretrained(folder / "vae")
 
     def describe(self, batch: dict[str, Any]) -> str:
         return ", ".join(self.items[i].media.name for i in batch["items"])
+
+
+def _lay_out(vae: nn.Module, flat: torch.memory_format, deep: torch.memory_format) -> None:
+    """Puts the weights of convolutions into a memory format; with channels last a CPU is up to four times faster."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.to(memory_format=flat if isinstance(module, nn.Conv2d) else deep)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import nn
 
 from mmalign import export as exporting
 from mmalign.jobs import TrainConfig
-from mmalign.media import write_image
+from mmalign.media import write_image, write_video
 from mmalign.models import base
 from mmalign.models.adapter import exact
 from mmalign.tasks.state import adapter_off
@@ -115,7 +115,10 @@ def has_adapter(adapter: Any) -> bool:
 
 @torch.no_grad()
 def validate(adapter: Any, config: TrainConfig, folder: Path, step: int) -> None:
-    """A grid of pictures: a row of prompts with the trained weights, and one with the LoRA off where there is one."""
+    """A grid of pictures: a row of prompts with the trained weights, and one with the LoRA off where there is one.
+
+    Of a video family it is a clip, in which all of them play.
+    """
     wanted = config.validation
     if not wanted.prompts:
         return
@@ -123,20 +126,25 @@ def validate(adapter: Any, config: TrainConfig, folder: Path, step: int) -> None
     if has_adapter(adapter):
         with adapter_off(adapter.denoiser):
             rows.append(_row(adapter, config))
-    write_image(folder / f"step-{step:06d}.png", np.concatenate(rows, axis=0))
+    grid = np.concatenate(rows, axis=-3)
+    if adapter.modality == "video":
+        frames = torch.from_numpy(grid).permute(0, 3, 1, 2)
+        write_video(folder / f"step-{step:06d}.mp4", frames, config.data.fps or adapter.fps)
+    else:
+        write_image(folder / f"step-{step:06d}.png", grid)
 
 
 def _row(adapter: Any, config: TrainConfig) -> np.ndarray:
     wanted, prompts = config.validation, list(config.validation.prompts)
     seeds = range(wanted.seed, wanted.seed + len(prompts))
-    return np.concatenate(draw(adapter, config, prompts, seeds, wanted.steps, wanted.guidance_scale), axis=1)
+    return np.concatenate(draw(adapter, config, prompts, seeds, wanted.steps, wanted.guidance_scale), axis=-2)
 
 
 @torch.no_grad()
 def draw(
     adapter: Any, config: TrainConfig, prompts: list[str], seeds: range, steps: int, guidance_scale: float
 ) -> list[np.ndarray]:
-    """Pictures uint8 [H, W, 3] of the model as it is, in evaluation mode, a seed for each prompt."""
+    """Pictures uint8 [H, W, 3], or clips [F, H, W, 3], of the model as it is, in evaluation mode, a seed a prompt."""
     states = [(module, module.training) for module in (adapter.denoiser, *adapter.frozen())]
     for module, _ in states:
         module.eval()
@@ -144,11 +152,11 @@ def draw(
     try:
         autocast = torch.autocast(device, PRECISIONS[config.precision], enabled=config.precision != "fp32")
         with autocast, _exact_decoding(adapter):
-            pictures = adapter.pipeline()(
-                prompts, num_inference_steps=steps, **adapter.call_arguments(guidance_scale, None, len(prompts)),
-                output_type="np", height=config.data.resolution, width=config.data.resolution,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            ).images  # fmt: skip
+            pictures = adapter.draw(
+                prompts, [torch.Generator().manual_seed(seed) for seed in seeds], guidance_scale=guidance_scale,
+                num_inference_steps=steps, height=config.data.resolution, width=config.data.resolution,
+                **({"num_frames": config.data.frames} if config.data.frames else {}),
+            )  # fmt: skip
     finally:
         for module, training in states:
             module.train(training)

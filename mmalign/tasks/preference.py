@@ -82,7 +82,7 @@ class PreferenceTask:
         """A second denoiser: a copy of the model's own, or that of `reference.model` with `reference.lora`."""
         if not self.config.reference.other:
             return copy.deepcopy(self.adapter.denoiser).requires_grad_(False).eval()
-        dtype = next(self.adapter.denoiser.parameters()).dtype
+        dtype = self.adapter.denoiser.dtype
         loaded = base.load(self._reference_model(), device=device, dtype=dtype)
         return loaded.denoiser.requires_grad_(False).eval()
 
@@ -112,12 +112,12 @@ class PreferenceTask:
         return tuple(wanted.values())
 
     def _facts(self, summary: str) -> dict[str, Any]:
-        side, reference = self.config.data.resolution, self.reference if self.refers else "none"
-        found = {"data": summary + self.targets.summary(), "reference": reference, **self._units((side, side))}
+        reference = self.reference if self.refers else "none"
+        found = {"data": summary + self.targets.summary(), "reference": reference, **self._units(self.targets.largest)}
         return {**found, "contents": sources.digest(self.groups), **self.targets.facts(self._units)}
 
     def _units(self, size: buckets.Size) -> dict[str, Any]:
-        """Numbers of a picture's latents, and beta per element and per sample for as many."""
+        """Numbers of a picture's (or clip's) latents, and beta per element and per sample for as many."""
         elements = int(torch.tensor(self.adapter.latent_shape(*size)).prod())
         units = beta_units(self.beta, elements, self.objective.reduction) if self.beta else {}
         return {"latent_elements": elements, **units}

@@ -12,7 +12,9 @@ from mmalign import judgements, tables
 from mmalign.jobs import Data
 from mmalign.judgements import Group
 from mmalign.paths import find
+from mmalign.shapes import clip_data
 from mmalign.shapes.data import drawings, judged_groups
+from mmalign.tasks.lengths import long_enough
 
 WORTH_A_POOL = 5000  # pairs, a hundred seconds of judging in one process
 
@@ -29,35 +31,47 @@ def singles(data: Data) -> tuple[list[Single], str]:
     """Captioned pictures, and a sentence that says how many rows were kept and dropped and why."""
     if data.shapes:
         wanted = data.shapes
-        drawn = drawings(wanted.scenes, wanted.seed, held_out=wanted.held_out, counts=wanted.counts)
+        told = {"held_out": wanted.held_out, **({"counts": wanted.counts} if wanted.counts else {}), **_clips(data)}
+        drawn: list[Any] = (clip_data.drawn_clips if data.frames else drawings)(wanted.scenes, wanted.seed, **told)
         summary = f"drew {len(drawn)} scenes"
         return _some([Single(str(drawing.caption), drawing) for drawing in drawn], data, summary)[: data.limit], summary
     assert data.table is not None
     table = tables.captioned(find(data.table), data.root, data.verify)
-    found = [Single(row.prompt, row.media) for row in table.rows]
-    return _some(found, data, table.summary())[: data.limit], table.summary()
+    rows, short = long_enough(table.rows, lambda row: (row.media,), data)
+    summary = tables.summary(len(rows), [*table.dropped, *short])
+    found = [Single(row.prompt, row.media) for row in rows]
+    return _some(found, data, summary)[: data.limit], summary
+
+
+def _clips(data: Data) -> dict[str, Any]:
+    """How clips of the shapes world are drawn for these data; nothing for pictures."""
+    told = {"frames": data.frames, "side": data.resolution, "fps": data.fps}
+    return {name: value for name, value in told.items() if value} if data.frames else {}
 
 
 def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[list[Group], str]:
     """Judged pictures as an objective takes them, and the same sentence."""
     if data.shapes:
         wanted = data.shapes
-        found = judged_groups(
+        found = (clip_data.judged_clips if data.frames else judged_groups)(
             wanted.scenes,
             wanted.seed,
             wanted.annotator,
             votes=wanted.votes,
             per_prompt=wanted.per_prompt,
             held_out=wanted.held_out,
-            counts=wanted.counts,
             processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
+            **({"counts": wanted.counts} if wanted.counts else {}),
+            **_clips(data),
         )
         found = found[: data.limit]
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
     else:
         assert data.table is not None
         table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension)
-        found, summary = judgements.judged(table.rows[: data.limit], data), table.summary()
+        rows, short = long_enough(table.rows, lambda row: row.media, data)
+        found = judgements.judged(rows[: data.limit], data)
+        summary = tables.summary(len(rows), [*table.dropped, *short])
     kept = judgements.AS[items](found, data)
     used = f", of the first {data.limit}" if data.limit else ""
     summary = f"{summary}; {len(kept)} {items}{used}, ties: {data.ties}"

@@ -83,9 +83,12 @@ class Watch(nn.Module):
         prompts = self._prompts[start : start + wanted.batch_size]
         seeds = range(wanted.seed + start, wanted.seed + start + len(prompts))
         pictures = finish.draw(adapter, self._run, prompts, seeds, wanted.steps, wanted.guidance_scale)
-        images = [torch.from_numpy(picture).permute(2, 0, 1).contiguous() for picture in pictures]
+        tensors = [torch.from_numpy(picture).movedim(-1, -3).contiguous() for picture in pictures]
         assert isinstance(self._evaluator, Evaluator)
-        batch = Batch(images=images, prompts=prompts, fps=[None] * len(prompts), aux=[{}] * len(prompts))
+        clips = adapter.modality == "video"
+        rate = (self._run.data.fps or adapter.fps) if clips else None
+        batch = Batch(prompts=prompts, fps=[rate] * len(prompts), aux=[{}] * len(prompts))
+        batch.frames, batch.images = (tensors, []) if clips else ([], tensors)
         named = subscores(self._evaluator.score(batch), len(prompts), wanted.evaluator.name)
         name = wanted.subscore or next(iter(named))
         if name not in named:

@@ -1,0 +1,279 @@
+"""Evaluators as rewards of what is being drawn: the registry that scores files, on pixels that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.discovery import evaluator_class, find_evaluators, make_evaluator
+from mmalign.evaluation import Backbones, Batch, Evaluator, ItemErrors, SetEvaluator, Uniform, subscores
+from mmalign.jobs_align import EvaluatorSpec, RewardSpec
+from mmalign.results import score_label
+from mmalign.score_plan import Job, make_jobs
+
+
+@dataclass
+class Costs:
+    """What a request has cost.
+
+    Attributes:
+        network_calls: latents through the denoiser; with classifier-free guidance a prediction is two.
+        decodes: latents through the autoencoder's decoder.
+        reward_calls: pictures or clips that the rewards scored, however many rewards there are.
+        reward_gradients: those that they scored with a gradient.
+        seconds: of the wall clock, its share of the batch.
+    """
+
+    network_calls: int = 0
+    decodes: int = 0
+    reward_calls: int = 0
+    reward_gradients: int = 0
+    seconds: float = 0.0
+
+
+class Scorer:
+    """One evaluator, on pixels in [0, 1]: pictures [B, 3, H, W] or clips [B, 3, F, H, W].
+
+    Args:
+        job: the evaluator, its parameters and its label in results.
+        frames: of a clip, what an evaluator of images alone is shown.
+        fps: of clips.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        device: torch.device,
+        dtype: str,
+        backbones: Backbones,
+        frames: int = 4,
+        fps: float | None = None,
+    ):
+        evaluator = make_evaluator(job.cls, job.name, job.params, device, dtype, backbones)
+        assert isinstance(evaluator, Evaluator), "`fitting` refuses others"
+        self.evaluator, self.label, self._frames, self._fps = evaluator, job.label, frames, fps
+        self.sign = 1.0 if evaluator.higher_is_better else -1.0
+        self._first: str | None = None
+
+    @torch.no_grad()
+    def named(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Its scores by sub-score, float64 [B], of the pixels as a file would hold them; NaN where it has none."""
+        whole = (pixels.detach() * 255).round().to("cpu", torch.uint8)
+        if whole.ndim == 4:
+            named = self._score([picture[None] for picture in whole], prompts, still=True)
+        else:
+            named = self._clips(whole.transpose(1, 2), prompts)
+        self._first = next(iter(named))
+        return named
+
+    def _clips(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Of uint8 [B, F, 3, H, W]: whole for evaluators of clips, else the mean over single frames."""
+        if "video" in self.evaluator.modality:
+            picks = self.evaluator.frames.indices(clips.shape[1], self._fps or 1.0)
+            return self._score([clip[picks] for clip in clips], prompts, still=False)
+        picks = Uniform(self._frames).indices(clips.shape[1], 1.0)
+        stills = [frame[None] for clip in clips for frame in clip[picks]]
+        named = self._score(stills, [prompt for prompt in prompts for _ in picks], still=True)
+        return {name: values.reshape(len(clips), -1).mean(1) for name, values in named.items()}
+
+    def _score(self, clips: list[Tensor], prompts: Sequence[str], still: bool) -> dict[str, Tensor]:
+        fps = [None if still else self._fps] * len(clips)
+        batch = Batch(
+            images=[clip[0] for clip in clips] if still else [], frames=clips, prompts=list(prompts), fps=fps,
+            aux=[{} for _ in clips],
+        )  # fmt: skip
+        try:
+            return subscores(self.evaluator.score(batch), len(clips), self.label)
+        except ItemErrors as partly:
+            named = subscores(partly.scores, len(clips), self.label)
+            for values in named.values():
+                values[list(partly.errors)] = torch.nan
+            return named
+
+    def tensor(self, pixels: Tensor, prompts: Sequence[str], subscore: str | None) -> Tensor:
+        """Its score with a gradient, [B]; of clips as in `named`.
+
+        Raises:
+            ValueError: `subscore` is not the one whose gradient it gives.
+        """
+        if subscore is not None and self._first is None:
+            self.named(pixels, prompts)
+        if subscore not in (None, self._first):
+            raise ValueError(
+                f"rewards: {self.label} has a gradient for {self._first} alone, not for {subscore}; drop its subscore, "
+                f"or use a strategy without gradients: {', '.join(without_gradients())}"
+            )
+        if pixels.ndim == 4:
+            return self.evaluator.score_tensor(pixels, prompts)
+        clips = pixels.transpose(1, 2)
+        if set(self.evaluator.modality) == {"video"}:
+            return self.evaluator.score_tensor(clips, prompts)
+        plan = self.evaluator.frames if "video" in self.evaluator.modality else Uniform(self._frames)
+        picks = plan.indices(clips.shape[1], self._fps or 1.0)
+        repeated = [prompt for prompt in prompts for _ in picks]
+        return self.evaluator.score_tensor(clips[:, picks].flatten(0, 1), repeated).reshape(len(clips), -1).mean(1)
+
+
+class Rewards:
+    """The weighted sum of evaluators' scores, lower-is-better ones with their sign turned.
+
+    Attributes:
+        names: of the rewards, as their column says or as results call them.
+        spent: the costs of each request of the batch in work, to count in; set by who runs the strategy.
+    """
+
+    def __init__(self, specs: Sequence[RewardSpec], scorers: Sequence[Scorer]):
+        self._parts = [(spec, scorer) for spec, scorer in zip(specs, scorers, strict=True)]
+        self.names = [name_of(spec, scorer.label) for spec, scorer in self._parts]
+        self.spent: list[Costs] = []
+
+    @property
+    def differentiable(self) -> bool:
+        return all(type(scorer.evaluator).differentiable for spec, scorer in self._parts if spec.weight)
+
+    def parts(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Each reward by name as its evaluator gives it, float64 [B] on the CPU; counts no costs."""
+        told: dict[int, dict[str, Tensor]] = {}
+        found = {}
+        for name, (spec, scorer) in zip(self.names, self._parts, strict=True):
+            if id(scorer) not in told:
+                told[id(scorer)] = scorer.named(pixels, prompts)
+            found[name] = _pick(told[id(scorer)], spec, scorer.label)
+        return found
+
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The weighted sum, [B]; -inf where one that has a weight could not be scored, so that it is not chosen."""
+        weighted = [
+            spec.weight * scorer.sign * parts[name]
+            for name, (spec, scorer) in zip(self.names, self._parts, strict=True)
+            if spec.weight
+        ]
+        total = torch.stack(weighted).sum(0)
+        return torch.where(total.isnan(), -torch.inf, total)
+
+    def scores(self, pixels: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None) -> Tensor:
+        """The reward of pixels [n, 3, H, W] or [n, 3, F, H, W] in [0, 1], rounded to 8 bits as in a file.
+
+        Args:
+            rows: the request that each belongs to, for the costs; as in `Denoising`.
+
+        Returns:
+            [n], float64, on the CPU.
+        """
+        self._count("reward_calls", len(pixels), rows)
+        return self.total(self.parts(pixels, prompts))
+
+    def tensor(self, pixels: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None) -> Tensor:
+        """The reward with a gradient to the pixels (not rounded), float32 [n].
+
+        Raises:
+            ValueError: a reward has no gradient; with what there is instead.
+        """
+        refuse_without_gradient([(spec, type(scorer.evaluator)) for spec, scorer in self._parts])
+        self._count("reward_gradients", len(pixels), rows)
+        weighted = [
+            spec.weight * scorer.sign * scorer.tensor(pixels, prompts, spec.subscore).float()
+            for spec, scorer in self._parts
+            if spec.weight
+        ]
+        return torch.stack(weighted).sum(0)
+
+    def _count(self, what: str, count: int, rows: Sequence[int] | None) -> None:
+        if not self.spent:
+            return
+        if rows is None:
+            assert count % len(self.spent) == 0, f"{count} pictures for {len(self.spent)} requests: give rows"
+            rows = [index // (count // len(self.spent)) for index in range(count)]
+        for row in rows:
+            setattr(self.spent[row], what, getattr(self.spent[row], what) + 1)
+
+
+def _pick(named: dict[str, Tensor], spec: RewardSpec, label: str) -> Tensor:
+    name = spec.subscore or next(iter(named))
+    if name not in named:
+        raise ValueError(f"rewards: {label} gives {', '.join(named)}, not {name!r}; name one of these as subscore")
+    return named[name]
+
+
+def name_of(spec: RewardSpec, label: str) -> str:
+    """What a reward is called: its column, or its evaluator and sub-score as in results."""
+    return spec.column or score_label(label, spec.subscore)
+
+
+def fitting(specs: Sequence[EvaluatorSpec], key: str) -> list[Job]:
+    """The evaluators of these specs, before anything is loaded; equal specs give one job.
+
+    Raises:
+        ValueError: an unknown name or parameter, missing weights, or an evaluator that cannot score a drawing.
+    """
+    unique = [spec for k, spec in enumerate(specs) if not any(_same(spec, before) for before in specs[:k])]
+    jobs = make_jobs([(spec.name, spec.params) for spec in unique])
+    for job in jobs:
+        if issubclass(job.cls, SetEvaluator):
+            raise ValueError(f"{key}: {job.name} scores whole sets; name an evaluator that scores single items")
+        absent = sorted({"reference", "aux"} & set(job.cls.needs))
+        if absent:
+            raise ValueError(f"{key}: {job.name} needs {' and '.join(absent)}, which nothing that is being drawn has")
+    places = [next(k for k, other in enumerate(unique) if _same(spec, other)) for spec in specs]
+    return [jobs[place] for place in places]
+
+
+def _same(one: EvaluatorSpec, other: EvaluatorSpec) -> bool:
+    return (one.name, one.params) == (other.name, other.params)
+
+
+def load_scorers(
+    jobs: Sequence[Job], modality: str, device: torch.device, *, dtype: str, backbones: Backbones, frames: int = 4,
+    fps: float | None = None,
+) -> list[Scorer]:  # fmt: skip
+    """A scorer for each job; equal jobs share one, and all share their networks.
+
+    Raises:
+        ValueError: an evaluator of clips for a model of images.
+    """
+    for job in jobs:
+        if modality == "image" and "image" not in job.cls.modality:
+            raise ValueError(f"rewards: {job.name} scores videos, and this model draws images; name another evaluator")
+    made: dict[str, Scorer] = {}
+    for job in jobs:
+        if job.label not in made:
+            made[job.label] = Scorer(job, device, dtype, backbones, frames, fps)
+    return [made[job.label] for job in jobs]
+
+
+def refuse_without_gradient(rewards: Sequence[tuple[RewardSpec, Any]]) -> None:
+    """ValueError for a reward that has a weight and no gradient, with the alternatives.
+
+    Args:
+        rewards: specs with their evaluators' classes.
+    """
+    lacking = sorted({spec.name for spec, cls in rewards if spec.weight and not getattr(cls, "differentiable", False)})
+    if lacking:
+        others = ", ".join(without_gradients())
+        raise ValueError(
+            f"rewards: {', '.join(lacking)} cannot be differentiated, and this strategy follows gradients. Use one "
+            f"that can ({', '.join(differentiable())}), or a strategy without gradients: {others}"
+        )
+
+
+def differentiable() -> list[str]:
+    """Names of the installed evaluators that have a gradient."""
+    return [name for name, found in find_evaluators().items() if found.error is None and _has_gradient(name)]
+
+
+def _has_gradient(name: str) -> bool:
+    try:
+        return bool(getattr(evaluator_class(name), "differentiable", False))
+    except (ValueError, TypeError):  # of a package that is not whole: `mmalign list evaluators` tells
+        return False
+
+
+def without_gradients() -> list[str]:
+    """Kinds of the strategies that take any reward."""
+    from mmalign.jobs_guidance import strategies
+
+    return [kind for kind, strategy in strategies() if not strategy.gradients]

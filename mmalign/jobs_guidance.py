@@ -1,0 +1,100 @@
+"""The `guidance` block of `mmalign sample`: one class per strategy, told apart by `kind`.
+
+A new strategy is a class here, its line in `Guidance`, and the file that its `function` names. Beside `mmalign.jobs`,
+and as light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from mmalign.config import Strict
+from mmalign.jobs_align import EvaluatorSpec, RewardSpec
+
+
+class Strategy(Strict):
+    """What all strategies have: the rewards that they follow, and what is reported beside.
+
+    A subclass names its `function`, as "module:function", called with a `Denoising`, its `Rewards`, these settings and
+    a bar; says whether it needs the rewards' gradients, and which of its settings to lower where latents overflow.
+    """
+
+    function: ClassVar[str]
+    gradients: ClassVar[bool] = False
+    lower: ClassVar[str | None] = None
+
+    rewards: tuple[RewardSpec, ...] = Field(
+        min_length=1, description="evaluators with weights; what is maximised is the weighted sum of their scores"
+    )
+    held_out: tuple[EvaluatorSpec, ...] = Field(
+        (), description="evaluators that choose nothing, and tell whether the rewards were merely pleased"
+    )
+    baseline: bool = Field(True, description="draw and score each seed without guidance too, to report what is gained")
+    reward_frames: PositiveInt = Field(
+        4, description="of a clip, evenly spaced: what evaluators that score images alone see of it; the mean counts"
+    )
+
+    @model_validator(mode="after")
+    def _apart(self) -> Strategy:
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("the weights of all rewards are 0; give one a weight above 0")
+        named = [(reward.name, reward.params) for reward in self.rewards if reward.weight]
+        for spec in self.held_out:
+            if (spec.name, spec.params) in named:
+                raise ValueError(f"held_out: {spec.name} is a reward, so it is not held out; drop one of the two")
+        return self
+
+
+class BestOfN(Strategy):
+    """Draw n pictures from n seeds and keep the one with the highest reward."""
+
+    function: ClassVar[str] = "mmalign.guidance.best_of_n:best_of_n"
+    kind: Literal["best_of_n"] = "best_of_n"
+    n: PositiveInt = Field(8, description="pictures for each one that is kept; the first is that of the plain seed")
+
+
+class Search(Strategy):
+    """Search over initial noise, or over paths, with a fixed sampler (2501.09732)."""
+
+    function: ClassVar[str] = "mmalign.guidance.search:search"
+    kind: Literal["search"] = "search"
+    method: Literal["random", "zero_order", "paths"] = Field(
+        "zero_order", description="independent noises; neighbours of the best noise so far; branches along the way"
+    )
+    rounds: PositiveInt = Field(4, description="random and zero_order: how often `n` pictures are drawn and compared")
+    n: PositiveInt = Field(4, description="candidates of each round; for paths the branches of each kept path")
+    radius: PositiveFloat = Field(
+        0.3, le=1, description="zero_order: a neighbour is sqrt(1 - radius^2) times the pivot plus radius times noise"
+    )
+    keep: PositiveInt = Field(2, description="paths: how many are kept after each comparison")
+    start: float = Field(0.8, gt=0, lt=1, description="paths: share of the steps left when the first are compared")
+    back: PositiveInt = Field(2, description="paths: steps of forward noise before each round")
+    forth: PositiveInt = Field(6, description="paths: denoising steps of a round, more than `back`")
+
+    @model_validator(mode="after")
+    def _forward(self) -> Search:
+        if self.method == "paths" and self.forth <= self.back:
+            raise ValueError(
+                f"search over paths denoises forth ({self.forth}) and goes back ({self.back}) steps in each round; set "
+                "forth above back, or it never ends"
+            )
+        return self
+
+
+# fmt: off
+Guidance = Annotated[
+    BestOfN
+    | Search,
+    Field(discriminator="kind"),
+]
+# fmt: on
+
+
+def strategies() -> Iterator[tuple[str, type[Strategy]]]:
+    """(kind, class) of every strategy, in the order of the union."""
+    union: Any = get_args(Guidance)[0]
+    for strategy in get_args(union) or (union,):
+        yield strategy.model_fields["kind"].default, strategy
