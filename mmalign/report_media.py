@@ -140,20 +140,11 @@ def _image(source: Any, limit: int) -> Thumbnail:
     return _tile(data, small.size)
 
 
-class _AtMost:
-    """A frame plan: all frames of a short clip, `_CLIP_FRAMES` evenly spaced ones of a longer one."""
-
-    def indices(self, num_frames: int, fps: float) -> list[int]:
-        from mmalign.media import Uniform
-
-        return list(range(num_frames)) if num_frames <= _CLIP_FRAMES else Uniform(_CLIP_FRAMES).indices(num_frames, fps)
-
-
 def _clip(source: Any, limit: int, side: int = _CLIP_SIDE) -> Thumbnail:
     """A small H.264 clip that takes as long as the real one, and its first frame; it has no sound and no tags."""
-    from mmalign.video import read_video
+    from mmalign.media import Uniform, clip_facts, read_video
 
-    clip = read_video(source, _AtMost())
+    clip = read_video(source, Uniform(min(clip_facts(source).num_frames, _CLIP_FRAMES)))
     frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clip.frames]
     rate = min(60.0, max(0.1, clip.fps * len(frames) / clip.num_frames))
     crisp = max(frames[0].size) <= PIXEL_ART

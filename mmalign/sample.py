@@ -138,11 +138,11 @@ def run(config: SampleConfig) -> Path:
             for r in wanted
         ]  # fmt: skip
         write_media_table(folder / "table.jsonl", rows)
-        report_sheet.build([folder / "table.jsonl"], folder / "index.html")
         if config.guidance:
             records = [guided.read_record(folder, request.sample) for request in wanted]
             found = summarise(config.guidance, records, [request.group for request in wanted], folder)
             print(lines(found), file=sys.stderr)
+        report_sheet.build([folder / "table.jsonl"], folder / "index.html")
     return folder / "table.jsonl"
 
 

@@ -24,10 +24,12 @@ from mmalign.cli import app
 from mmalign.jobs import SampleConfig
 from mmalign.jobs_prefer import PreferConfig
 from mmalign.media import read_image, read_video, write_image, write_video
+from mmalign.media_table import read_media_table
 from mmalign.models import base
 from mmalign.provenance import parameters, read_provenance, record, sidecar, write_clip, write_picture
 from mmalign.source import MediaError
 from mmalign.testing.tiny import tiny_sd
+from mmalign.testing.tiny_video import tiny_wan
 from mmalign.video_container import clip_tags
 
 HOSTILE = 'say "x", Steps: 3\nNegative prompt: ä 一 \N{GRINNING FACE} \0 \ud800 <b> \\'
@@ -256,6 +258,36 @@ def test_settings_of_a_block_tell_no_paths(model: Path, tmp_path: Path) -> None:
         "rewards": [{"params": {"checkpoint": "hps.pt", "question": "/is this a red circle/ or not"}}],
     }  # fmt: skip
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_clips_of_a_video_family_have_it(tmp_path: Path) -> None:
+    settings = {"frames": 5, "fps": 12.0, "height": 32, "width": 32, "limit": 1}
+    table = sample.run(_config(tiny_wan(tmp_path / "wan"), tmp_path, "out", **settings))
+    clip = Path(str(read_media_table(table)[0].media))
+    found = read_provenance(clip)
+    assert found is not None and found == json.loads(clip.with_suffix(".json").read_text())
+    assert (found["frames"], found["fps"], found["width"], found["prompt"]) == (5, 12.0, 32, PROMPTS[0])
+    assert found["scheduler_class"] == "UniPCMultistepScheduler" and "transformer" in found["model"]["parts"]
+    before = [clip.read_bytes(), clip.with_suffix(".json").read_bytes()]
+    clip.unlink()
+    sample.run(_config(tmp_path / "wan", tmp_path, "out", **settings))
+    assert [clip.read_bytes(), clip.with_suffix(".json").read_bytes()] == before
+    assert 'src": "videos/' in (tmp_path / "out/index.html").read_text()
+
+
+def test_guided_pictures_say_how_they_were_guided(model: Path, tmp_path: Path) -> None:
+    reward = {"name": "hps", "params": {"checkpoint": str(Path("assets/shapes-clip").absolute())}}
+    block = {"kind": "best_of_n", "n": 2, "rewards": [reward]}
+    sample.run(_config(model, tmp_path, "out", guidance=block, limit=1))
+    found = read_provenance(tmp_path / "out/images/000000-0.png")
+    assert found is not None and found["guidance"]["kind"] == "best_of_n" and found["guidance"]["n"] == 2
+    told = found["guidance"]["rewards"][0]
+    assert told["name"] == "hps" and len(told["weight_hash"]) == 64
+    assert str(Path.cwd()) not in json.dumps(found) and found["scheduler_class"] == "DDIM"
+    with Image.open(tmp_path / "out/images/000000-0.png") as image:
+        assert "Guidance: best_of_n" in image.text["parameters"]
+    page = (tmp_path / "out/index.html").read_text()
+    assert '"label": "reward"' in page and '"label": "baseline/reward"' in page
 
 
 # ------------------------------------------------------------------------------------------------ the verb
