@@ -49,7 +49,7 @@ LAYERS: list[set[str]] = [
         "score_store",
         "score_summary",
     }
-    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run"},
+    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run", "report_sheet"},
     {"tasks"},
     {
         "models",
@@ -80,6 +80,7 @@ LAYERS: list[set[str]] = [
         "video",
         "video_container",
         "video_writer",
+        "provenance",
         "frame_plans",
         "cache",
         "config",
