@@ -62,7 +62,7 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
             "processes": 1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
             **({"counts": wanted.counts} if wanted.counts else {}),
             **_clips(data),
-            **({"axes": data.axes} if data.frames else {}),
+            **({"axes": data.axes, "dimensions": data.dimensions} if data.frames else {}),
         }
         draw = clip_data.judged_clips if data.frames else judged_groups
         found = draw(wanted.scenes, wanted.seed, wanted.annotator, **told)[: data.limit]
