@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,9 @@ HPS = {"name": "hps", "params": {"checkpoint": "assets/shapes-clip"}}
 # -------------------------------------------------------------------------------------------------- pure functions
 
 
-@pytest.mark.parametrize(("n", "expected"), [(2, 1 / math.sqrt(math.pi)), (3, 1.5 / math.sqrt(math.pi)), (5, 1.16296447)])
+@pytest.mark.parametrize(
+    ("n", "expected"), [(2, 1 / math.sqrt(math.pi)), (3, 1.5 / math.sqrt(math.pi)), (5, 1.16296447)]
+)
 def test_the_best_of_n_gaussians_is_their_expected_maximum(n: int, expected: float) -> None:
     """Closed forms of the largest of n standard Gaussians (order statistics), within four standard errors."""
     rewards = torch.from_numpy(np.random.default_rng(n).standard_normal((40_000, n)))
@@ -93,7 +94,10 @@ def test_explore_keeps_the_best_ever_seen() -> None:
     found = explore(propose, lambda c: (c, torch.tensor(next(rewards))), 3, lambda done, reward: None)
     assert found.reward.tolist() == [3.0, 4.0] and found.noise.flatten().tolist() == [0.5, 1.5]
     assert found.place == [(0, 1), (1, 1)]
-    assert seen[0] is None and [each.flatten().tolist() for each in seen[1:] if each is not None] == [[0.5, 0.0], [0.5, 1.5]]
+    assert seen[0] is None and [each.flatten().tolist() for each in seen[1:] if each is not None] == [
+        [0.5, 0.0],
+        [0.5, 1.5],
+    ]
 
 
 @pytest.mark.parametrize("steps", [2, 5, 20, 50])

@@ -211,13 +211,14 @@ def fitting(specs: Sequence[EvaluatorSpec], key: str) -> list[Job]:
         ValueError: an unknown name or parameter, missing weights, or an evaluator that cannot score a drawing.
     """
     unique = [spec for k, spec in enumerate(specs) if not any(_same(spec, before) for before in specs[:k])]
-    jobs = make_jobs([(spec.name, spec.params) for spec in unique])
-    for job in jobs:
-        if issubclass(job.cls, SetEvaluator):
-            raise ValueError(f"{key}: {job.name} scores whole sets; name an evaluator that scores single items")
-        absent = sorted({"reference", "aux"} & set(job.cls.needs))
+    for spec in unique:
+        cls = evaluator_class(spec.name)
+        if issubclass(cls, SetEvaluator):
+            raise ValueError(f"{key}: {spec.name} scores whole sets; name an evaluator that scores single items")
+        absent = sorted({"reference", "aux"} & set(cls.needs))
         if absent:
-            raise ValueError(f"{key}: {job.name} needs {' and '.join(absent)}, which nothing that is being drawn has")
+            raise ValueError(f"{key}: {spec.name} needs {' and '.join(absent)}, which nothing that is being drawn has")
+    jobs = make_jobs([(spec.name, spec.params) for spec in unique])
     places = [next(k for k, other in enumerate(unique) if _same(spec, other)) for spec in specs]
     return [jobs[place] for place in places]
 
