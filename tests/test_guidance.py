@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -139,8 +140,8 @@ def test_another_block_or_other_weights_of_a_reward_are_refused(home: Path, tmp_
         sample.run(config.model_copy(update={"guidance": None}))
     moved = tmp_path / "moved"
     scorer.rename(moved)
-    same = _config(home, tmp_path / "out", guidance={**mine, "rewards": [{"name": "hps", "params": {"checkpoint": moved}}]},
-                   limit=1, per_prompt=1)  # fmt: skip
+    mine["rewards"] = [{"name": "hps", "params": {"checkpoint": moved}}]
+    same = _config(home, tmp_path / "out", guidance=mine, limit=1, per_prompt=1)
     sample.run(same)
     weights = moved / "HPS_v2.1_compressed.safetensors"
     blob = bytearray(weights.read_bytes())
@@ -244,7 +245,7 @@ def test_settings_that_contradict_each_other(changes: dict[str, Any], told: str,
 
 def test_two_rewards_of_one_name_are_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
     config = _config(home, tmp_path / "out", guidance={"rewards": [HPS, {**HPS, "weight": 2.0}]})
-    with pytest.raises(ValueError, match="guidance.rewards: two are called 'hps'; give each a column"):
+    with pytest.raises(ValueError, match=r"guidance\.rewards: two are called 'hps'; give each a column"):
         sample.run(config)
     assert not (tmp_path / "out").exists()
 
@@ -261,8 +262,6 @@ def test_a_kind_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_every_strategy_has_its_function_a_page_and_a_config_and_is_listed() -> None:
-    import importlib
-
     listed = {row["name"]: row for row in listing(Kind.guidance)}
     overview = (ROOT / "docs" / "guidance.md").read_text()
     shipped = [configs.load(SampleConfig, path).guidance for path in (ROOT / "configs" / "sample").glob("*.yaml")]

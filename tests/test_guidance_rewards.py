@@ -1,4 +1,4 @@
-"""Evaluators as rewards: what scoring says of the written file, weights and signs, clips, gradients, and what is refused."""
+"""Evaluators as rewards: what scoring says of the written file, weights and signs, clips, gradients, refusals."""
 
 from __future__ import annotations
 
@@ -154,10 +154,10 @@ def test_weights_signs_and_names() -> None:
     pixels = _pixels(4, 3, 8, 8)
     rewards = _rewards((Brightness, 2.0, "mean"), (Darkness, 0.5, None), (Brightness, 0.0, "frames"))
     mean = (pixels * 255).round().double().mean((1, 2, 3)) / 255
-    parts = rewards.parts(pixels, PROMPTS + ["x"])
+    parts = rewards.parts(pixels, [*PROMPTS, "x"])
     assert list(parts) == rewards.names == ["Brightness/mean", "Darkness", "Brightness/frames"]
     torch.testing.assert_close(parts["Darkness"], mean)
-    torch.testing.assert_close(rewards.scores(pixels, PROMPTS + ["x"]), 2 * mean - 0.5 * mean)
+    torch.testing.assert_close(rewards.scores(pixels, [*PROMPTS, "x"]), 2 * mean - 0.5 * mean)
     assert parts["Brightness/frames"].tolist() == [1.0] * 4
 
 
@@ -254,12 +254,14 @@ class _Whole(SetEvaluator):
 
 
 def test_evaluators_that_cannot_judge_a_drawing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="There is no evaluator 'hpss'. Did you mean 'hps'"):
+    with pytest.raises(ValueError, match=r"There is no evaluator 'hpss'\. Did you mean 'hps'"):
         fitting([EvaluatorSpec(name="hpss")], "guidance.rewards")
-    with pytest.raises(ValueError, match="guidance.rewards: geneval needs aux, which nothing that is being drawn has"):
+    with pytest.raises(
+        ValueError, match=r"guidance\.rewards: geneval needs aux, which nothing that is
+    ):
         fitting([EvaluatorSpec(name="geneval")], "guidance.rewards")
     monkeypatch.setattr("mmalign.guidance.rewards.evaluator_class", lambda name: _Whole)
-    with pytest.raises(ValueError, match="guidance.held_out: whole scores whole sets"):
+    with pytest.raises(ValueError, match=r"guidance\.held_out: whole scores whole sets"):
         fitting([EvaluatorSpec(name="whole")], "guidance.held_out")
     motion = Job("motion", "motion", Motion, Strict(), "{}", None)
     with pytest.raises(ValueError, match="motion scores videos, and this model draws images"):
