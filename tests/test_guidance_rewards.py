@@ -256,9 +256,7 @@ class _Whole(SetEvaluator):
 def test_evaluators_that_cannot_judge_a_drawing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"There is no evaluator 'hpss'\. Did you mean 'hps'"):
         fitting([EvaluatorSpec(name="hpss")], "guidance.rewards")
-    with pytest.raises(
-        ValueError, match=r"guidance\.rewards: geneval needs aux, which nothing that is
-    ):
+    with pytest.raises(ValueError, match=r"guidance\.rewards: geneval needs aux, which nothing that is being"):
         fitting([EvaluatorSpec(name="geneval")], "guidance.rewards")
     monkeypatch.setattr("mmalign.guidance.rewards.evaluator_class", lambda name: _Whole)
     with pytest.raises(ValueError, match=r"guidance\.held_out: whole scores whole sets"):

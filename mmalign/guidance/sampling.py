@@ -116,7 +116,10 @@ def run(
 
 
 def _bar(tell: Callable[[float, float | None], None], start: int, count: int) -> Bar:
-    return lambda share, reward=None: tell(start + share * count, reward)
+    def bar(share: float, reward: float | None = None) -> None:
+        tell(start + share * count, reward)
+
+    return bar
 
 
 def _judges(adapter: Adapter, config: SampleConfig) -> tuple[Rewards, list[Scorer]]:
