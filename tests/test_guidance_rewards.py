@@ -17,7 +17,6 @@ from mmalign.evaluation import Backbones, Batch, Evaluator, ItemErrors, SetEvalu
 from mmalign.guidance.rewards import (
     Costs,
     Rewards,
-    Scorer,
     differentiable,
     fitting,
     load_scorers,
@@ -28,6 +27,7 @@ from mmalign.jobs import ScoreConfig
 from mmalign.jobs_align import EvaluatorSpec, RewardSpec
 from mmalign.media import write_image, write_video
 from mmalign.media_table import MediaRow, write_media_table
+from mmalign.pixel_scores import PixelScorer
 from mmalign.results import read_results
 from mmalign.score_plan import Job
 
@@ -91,8 +91,8 @@ class Motion(Evaluator):
         return images.diff(dim=1).abs().mean((1, 2, 3, 4))
 
 
-def _scorer(cls: Any, frames: int = 4, fps: float | None = None) -> Scorer:
-    return Scorer(Job(cls.__name__, cls.__name__, cls, Strict(), "{}", None), CPU, "float32", Backbones(), frames, fps)
+def _scorer(cls: Any, frames: int = 4, fps: float | None = None) -> PixelScorer:
+    return PixelScorer(cls(Strict(), {}, CPU), cls.__name__, frames, fps)
 
 
 def _rewards(*parts: tuple[Any, float, str | None], **options: Any) -> Rewards:
@@ -107,7 +107,7 @@ def _pixels(*shape: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ as scoring says
 
 
-def _loaded(specs: list[dict[str, Any]], modality: str = "image", **options: Any) -> list[Scorer]:
+def _loaded(specs: list[dict[str, Any]], modality: str = "image", **options: Any) -> list[PixelScorer]:
     jobs = fitting([EvaluatorSpec.model_validate(spec) for spec in specs], "rewards")
     return load_scorers(jobs, modality, CPU, dtype="float32", backbones=Backbones(), **options)
 
