@@ -50,7 +50,12 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(family: str) -> tuple[Path, Path]:
         if family not in made:
             made[family] = MAKERS[family](place / family)
-            clips = {"data__table": None, "data__shapes": {"scenes": 3, "annotator": "balanced"}, "data__frames": 9, "data__fps": 8}
+            clips = {
+                "data__table": None,
+                "data__shapes": {"scenes": 3, "annotator": "balanced"},
+                "data__frames": 9,
+                "data__fps": 8,
+            }
             wanted = settings(
                 place / "x", made[family], data, data__axes=["dark", "bright"] if family != "wan" else ["VQ", "MQ"],
                 data__ties="soft", loss={"kind": "btt"}, reward__latent={"blocks": 1, "hidden": [16]},
