@@ -391,6 +391,7 @@ class Sampling(Strict):
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    provenance: bool = Field(True, description="keep prompt, seed, settings and hashes of the weights in each file")
 
     @model_validator(mode="after")
     def _guided(self) -> Self:
