@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from mmalign.backbones.latent_trunk import cut
 from mmalign.backbones.reward_folder import named_scores
 from mmalign.frame_plans import Uniform
 from mmalign.models import base
+from mmalign.models.video import VideoAdapter
 
 FRAMES = 8
 
@@ -29,8 +29,8 @@ class LatentScorer:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
         self.facts = read_latent(folder)
         check_pipeline_files(folder)
-        self.adapter: Any = base.load(self.facts.model, device=device, dtype=dtype, vae_dtype=torch.float32)
-        if self.facts.fps is not None:
+        self.adapter = base.load(self.facts.model, device=device, dtype=dtype, vae_dtype=torch.float32)
+        if self.facts.fps is not None and isinstance(self.adapter, VideoAdapter):
             self.adapter.fps = self.facts.fps  # some families are told it
         self.reward: Loaded = load_latent(folder, self.adapter)
         adapter, blocks = self.adapter, self.facts.latent.blocks

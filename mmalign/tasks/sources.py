@@ -55,6 +55,7 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
     """Judged pictures as an objective takes them, and the same sentence."""
     if data.shapes:
         wanted = data.shapes
+        axes: dict[str, Any] = {"axes": data.axes} if data.frames else {}
         found = (clip_data.judged_clips if data.frames else judged_groups)(
             wanted.scenes,
             wanted.seed,
@@ -65,7 +66,7 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
             processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
             **({"counts": wanted.counts} if wanted.counts else {}),
             **_clips(data),
-            **({"axes": data.axes} if data.frames else {}),
+            **axes,
         )
         found = found[: data.limit]
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
