@@ -53,7 +53,7 @@ def requests(config: SampleConfig) -> list[Request]:
     Raises:
         ValueError: the prompts file is missing, empty, or has no `prompt` column.
     """
-    rows = _prompts(find(config.prompts))[: config.limit]
+    rows = read_prompts(find(config.prompts))[: config.limit]
     return [
         Request(prompt, (config.seed if seed is None else seed) + k, f"{number:06d}")
         for number, (prompt, seed) in enumerate(rows)
@@ -61,7 +61,8 @@ def requests(config: SampleConfig) -> list[Request]:
     ]
 
 
-def _prompts(path: Path) -> list[tuple[str, int | None]]:
+def read_prompts(path: Path) -> list[tuple[str, int | None]]:
+    """Prompts and their own seeds, of a text file or a table. ValueError where it is none, or empty."""
     if path.suffix == ".txt":
         if not path.is_file():
             raise ValueError(f"{path} does not exist; check the path of `prompts`")
@@ -116,6 +117,7 @@ def run(config: SampleConfig) -> Path:
     clips = base.modality_of(config.model) == "video"
     _check_clips(config, clips)
     missing = [request for request in wanted if not _place(folder, request, clips).is_file()]
+    missing = guided.with_sets(wanted, missing, config.guidance)
     adapter = load(config, device) if missing else None
     with alone_in(folder, "mmalign sample"):
         _begin(config, identity, clips)
@@ -295,7 +297,7 @@ def _check_same(config: SampleConfig) -> dict[str, Any]:
     folder, ignored = config.output, {"batch_size", "device", "output", "limit", "provenance"}
     path = folder / "run.json"
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
-    now["prompts"] = hashlib.sha256(json.dumps(_prompts(find(config.prompts))).encode()).hexdigest()
+    now["prompts"] = hashlib.sha256(json.dumps(read_prompts(find(config.prompts))).encode()).hexdigest()
     told = config.model.model_dump(include={"max_sequence_length", "guidance"}, exclude_none=True)
     now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
     now["guidance"] = guided.identity(config.guidance) if config.guidance else None
