@@ -26,13 +26,18 @@ FAMILIES = {
     "sana": "Sana: linear-attention transformer, flow matching, deterministic autoencoder of factor 32, Gemma 2",
     "qwen_image": "Qwen-Image: MMDiT, flow matching, packed latents, Qwen2.5-VL as text encoder",
     "wan": "Wan 2.1 and 2.2 text-to-video: transformer over space and time, flow matching, causal 3D autoencoder, UMT5",
+    "cogvideox": "CogVideoX 2B, 5B and 1.5 text-to-video: transformer over space and time, v prediction, T5",
+    "hunyuan_video": "HunyuanVideo text-to-video: flow matching, LLaMA and CLIP, guidance as an input",
+    "ltx": "LTX-Video text-to-video: flow matching, packed tokens, strongly compressing autoencoder, T5",
+    "animatediff": "AnimateDiff: Stable Diffusion 1.x with motion modules, eps prediction, an autoencoder of pictures",
 }
 
 
 # ---------------------------------------------------------------------------------------------- shared
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Family = Literal[
-    "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan",
+    "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",
+    "ltx", "animatediff",
     "open_clip", "image_reward", "qwen2_vl",
 ]  # fmt: skip
 

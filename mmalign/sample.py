@@ -151,6 +151,8 @@ def load(config: SampleConfig, device: torch.device) -> Adapter:
     _check_sides(config, adapter.multiple)
     if isinstance(adapter, VideoAdapter) and config.frames:
         adapter.check_frames(config.frames, "frames")
+    if isinstance(adapter, VideoAdapter) and config.fps:
+        adapter.fps = config.fps
     if config.negative_lora:
         guide_away(adapter, config.negative_lora, config.negative_weight)
     if config.scheduler != "own":
@@ -158,9 +160,21 @@ def load(config: SampleConfig, device: torch.device) -> Adapter:
 
         own = adapter.pipe.scheduler.config
         flow = adapter.process.kind == "flow"
-        name, settings = _flow_scheduler(adapter, config.scheduler) if flow else _SCHEDULERS[config.scheduler]
+        name, settings = _flow_scheduler(adapter, config.scheduler) if flow else _scheduler(adapter, config.scheduler)
         adapter.pipe.scheduler = getattr(diffusers, name).from_config(own, **settings)
     return adapter
+
+
+def _scheduler(adapter: Adapter, wanted: str) -> tuple[str, dict[str, Any]]:
+    """Class and settings of the scheduler of an eps or v model."""
+    if adapter.schedulers is None:
+        return _SCHEDULERS[wanted]
+    if wanted not in adapter.schedulers:
+        raise ValueError(
+            f"scheduler: {wanted}: it does not have the noise levels that {adapter.family} was trained with; use "
+            f"{' or '.join(('own', *adapter.schedulers))}"
+        )
+    return adapter.schedulers[wanted]
 
 
 def _flow_scheduler(adapter: Adapter, wanted: str) -> tuple[str, dict[str, Any]]:
@@ -208,7 +222,7 @@ def _place(folder: Path, request: Request, clips: bool) -> Path:
 def _write(config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapter) -> None:
     if isinstance(adapter, VideoAdapter):
         frames = torch.from_numpy(picture).permute(0, 3, 1, 2)
-        write_video(path, frames, config.fps or adapter.fps, lossless=config.lossless)
+        write_video(path, frames, adapter.fps, lossless=config.lossless)
     else:
         write_image(path, picture)
 

@@ -41,6 +41,7 @@ class Adapter(ABC):
     may_lack: tuple[str, ...] = ()  # parts that a checkpoint may come without
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     flow_schedulers: tuple[str, ...] = ("euler", "dpm++")  # of a flow: what its pipeline's call can be sampled with
+    schedulers: Mapping[str, tuple[str, dict[str, Any]]] | None = None  # class and settings, where they are its own
     guides_in_one_call: bool = True  # whether the pipeline asks for both branches of guidance in one batch
     fixed_arguments: Mapping[str, Any] = {}  # of the pipeline's call: captions and sizes are to be as they are given
     no_negative: str | None = None  # what the pipeline's call takes where there is no negative prompt

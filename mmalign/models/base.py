@@ -29,6 +29,10 @@ _CLASSES = {
     "SanaPipeline": ("sana", "mmalign.models.sana:Sana"),
     "QwenImagePipeline": ("qwen_image", "mmalign.models.qwen_image:QwenImage"),
     "WanPipeline": ("wan", "mmalign.models.wan:Wan"),
+    "CogVideoXPipeline": ("cogvideox", "mmalign.models.cogvideox:CogVideoX"),
+    "HunyuanVideoPipeline": ("hunyuan_video", "mmalign.models.hunyuan_video:HunyuanVideo"),
+    "LTXPipeline": ("ltx", "mmalign.models.ltx:LTXVideo"),
+    "AnimateDiffPipeline": ("animatediff", "mmalign.models.animatediff:AnimateDiff"),
 }
 
 

@@ -59,14 +59,18 @@ class VideoAdapter(Adapter):
 
     def check_frames(self, frames: int, key: str) -> None:
         """ValueError, with the nearest numbers that fit, for a number of frames that the family cannot have."""
-        step = self.temporal * self.patch_frames
-        if (frames - 1) % self.temporal or self.latent_frames(frames) % self.patch_frames:
-            fitting = [n for n in range(1, frames + 2 * step) if self._fits(n)]
+        step = 2 * self.temporal * self.patch_frames
+        if not self._fits(frames):
+            fitting = [n for n in range(1, frames + step) if self._fits(n)]
             near = sorted(fitting, key=lambda n: (abs(n - frames), n))[:2]
             raise ValueError(
-                f"{key}: {frames} frames do not fit {self.family}, whose autoencoder makes one latent frame of "
-                f"{self.temporal} after the first; use {' or '.join(map(str, sorted(near)))}"
+                f"{key}: {frames} frames do not fit {self.family}, whose autoencoder {self.coding}; use {' or '.join(map(str, sorted(near)))}"
             )
+
+    @property
+    def coding(self) -> str:
+        """Why not every number of frames fits, in words."""
+        return f"makes one latent frame of {self.temporal} after the first"
 
     def _fits(self, frames: int) -> bool:
         return (frames - 1) % self.temporal == 0 and self.latent_frames(frames) % self.patch_frames == 0

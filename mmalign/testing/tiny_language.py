@@ -1,16 +1,21 @@
-"""Tiny language models as text encoders of image generators: Gemma 2 and Qwen2.5-VL, with their tokenizers."""
+"""Tiny language models as text encoders of generators: Gemma 2, Llama 3 and Qwen2.5-VL, with their tokenizers."""
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -79,3 +84,53 @@ def tiny_qwen(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         "fullatt_block_indexes": [0],
     }  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def tiny_llama_tokenizer(template: str, before: int) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer as Llama 3's, whose texts begin with <|begin_of_text|>.
+
+    Args:
+        template: text around a place for the prompt, {}; what is special in it (<|...|>) is one token.
+        before: how many tokens the template has before that place, as many as with the published vocabulary.
+
+    Raises:
+        ValueError: the template's words cannot be cut into that many tokens.
+    """
+    special = re.findall(r"<\|\w+\|>", template)
+    words = re.findall(r"\n+| ?\w+", re.sub(r"<\|\w+\|>", "|", template))
+    merges = _chain(word.replace(" ", "Ġ").replace("\n", "Ċ") for word in words)
+    head = template.partition("{}")[0]
+
+    def length(count: int) -> int:
+        return len(_llama_tokenizer(special, merges[:count])(head).input_ids)
+
+    count = bisect_left(range(len(merges)), -before, key=lambda k: -length(k))
+    if length(count) != before:
+        raise ValueError(f"the template falls into {length(count)} tokens, and {before} are asked for")
+    return _llama_tokenizer(special, merges[:count])
+
+
+def _llama_tokenizer(special: list[str], merges: list[Any]) -> PreTrainedTokenizerFast:
+    begin, end, pad = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
+    vocab = _vocabulary([*sorted(ByteLevel.alphabet()), begin, end, pad, *special], merges)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, vocab[begin])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad, padding_side="right",
+        additional_special_tokens=[*dict.fromkeys(special)], model_max_length=8192,
+    )  # fmt: skip
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
+    """A four-layer Llama: HunyuanVideo takes the states before the last two."""
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
