@@ -36,6 +36,7 @@ LAYERS: list[set[str]] = [
         "compiling",
         "distributed",
     }
+    | {"memory", "memory_show"}
     | {"prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
     | {"reward_bench", "reward_scores", "reward_show"}
     | {

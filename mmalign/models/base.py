@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,13 @@ def family_of(path: Path) -> str:
 
 def modality_of(config: Model) -> str:
     """What a checkpoint draws, image or video, before it is loaded. ValueError as `family_of`."""
-    module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(find(config.path))].partition(":")
-    return str(getattr(importlib.import_module(module), name).modality)
+    return str(adapter_class(find(config.path)).modality)
+
+
+def adapter_class(path: Path) -> Any:
+    """The class of the adapter of a checkpoint folder. ValueError as `family_of`."""
+    module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(path)].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def pipeline_name(family: str) -> str:
@@ -107,8 +113,11 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae_dtype: torch.dtype | None = None,
+    waiting: Collection[str] = (),
 ) -> Adapter:
     """Loads a checkpoint folder behind its family's adapter; `vae_dtype` is `dtype` unless given.
+
+    `waiting`: parts that stay in CPU memory until `Adapter.at_hand` lends them to the device; `text_encoder` is all.
 
     A LoRA is added to float32 weights, and stays beside those of half precision, which would round most of so small an
     update away.
@@ -117,17 +126,32 @@ def load(
         ValueError: see `check`.
     """
     path = check(config)
-    _no_bars()
-    module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(path)].partition(":")
+    no_bars()
     found = config.model_copy(update={"path": path})
-    kind = getattr(importlib.import_module(module), name)
-    adapter: Adapter = kind.load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype)
+    kind = adapter_class(path)
+    parts = {name for each in waiting for name in (kind.text_encoders if each == "text_encoder" else (each,))}
+    adapter: Adapter = kind.load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype, waiting=parts)
+    work_in_parts(adapter)
     if config.lora:
         _add_lora(adapter.pipeline(), lora_file(config.lora), fuse=dtype == torch.float32)
     return adapter
 
 
-def _no_bars() -> None:
+def work_in_parts(adapter: Adapter) -> None:
+    """Turns on the autoencoder's slicing and tiling as `model.vae` says.
+
+    Raises:
+        ValueError: this autoencoder has no such thing.
+    """
+    for name in ("slicing", "tiling"):
+        if getattr(adapter.config.vae, name):
+            if not hasattr(adapter.vae, f"use_{name}"):
+                kind = type(adapter.vae).__name__
+                raise ValueError(f"model.vae.{name}: the autoencoder of {adapter.family} ({kind}) has none; drop it")
+            getattr(adapter.vae, f"enable_{name}")()
+
+
+def no_bars() -> None:
     """Turns off the libraries' bars: loading takes a second, and mmalign's own progress must stay readable."""
     import diffusers
     import transformers
@@ -223,9 +247,12 @@ def fingerprint(config: Model) -> dict[str, str]:
     parts |= {"lora": lora_file(config.lora)} if config.lora else {}
     files = {name: [part] if part.is_file() else sorted(part.rglob("*")) for name, part in sorted(parts.items())}
     which = f"-{config.variant}" if config.variant else ""
-    return {
+    hashes = {
         name: (files_hash(f for f in found if f.suffix in _HASHED) or "empty") + which for name, found in files.items()
     }
+    if config.vae.tiling and "vae" in hashes:  # its latents are others
+        hashes["vae"] += "-tiled"
+    return hashes
 
 
 def sample_latents(moments: Tensor, noise: Tensor) -> Tensor:

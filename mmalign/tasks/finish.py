@@ -29,7 +29,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def load(config: TrainConfig, device: torch.device) -> Any:
     """The adapter, with frozen weights in the run's precision; what is trained, and the VAE, stay in float32."""
-    adapter = base.load(config.model, device=device, dtype=frozen_dtype(config), vae_dtype=torch.float32)
+    adapter = base.load(
+        config.model, device=device, dtype=frozen_dtype(config), vae_dtype=torch.float32,
+        waiting=[name for name in config.optim.offload if name != "reference"],
+    )  # fmt: skip
     if adapter.denoiser.config.get("time_cond_proj_dim"):
         raise ValueError(
             f"the denoiser of {config.model.path} is told its guidance (LCM: time_cond_proj_dim): a consistency model, "
@@ -151,7 +154,7 @@ def draw(
     device = "cuda" if adapter.device.type == "cuda" else "cpu"
     try:
         autocast = torch.autocast(device, PRECISIONS[config.precision], enabled=config.precision != "fp32")
-        with autocast, _exact_decoding(adapter):
+        with autocast, _exact_decoding(adapter), adapter.at_hand("vae", *adapter.text_encoders):
             pictures = adapter.draw(
                 prompts, [torch.Generator().manual_seed(seed) for seed in seeds], guidance_scale=guidance_scale,
                 num_inference_steps=steps, height=config.data.resolution, width=config.data.resolution,
