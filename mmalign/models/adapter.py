@@ -47,6 +47,7 @@ class Adapter(ABC):
     no_negative: str | None = None  # what the pipeline's call takes where there is no negative prompt
     max_sequence_length: int | None = None  # text tokens, where the family's pipeline lets its caller choose
     longest_text: int | None = None  # what it may be set to at most
+    span: tuple[float, float] = (0.0, 1.0)  # the part of the flow's times that the denoiser is trained for
     process: Process
 
     def __init__(self, pipe: Any, config: Model):
@@ -63,20 +64,23 @@ class Adapter(ABC):
     @classmethod
     def load(
         cls, config: Model, *, device: torch.device | str, dtype: torch.dtype, vae_dtype: torch.dtype,
-        waiting: Collection[str] = (),
+        waiting: Collection[str] = (), without: Collection[str] = (),
     ) -> Adapter:  # fmt: skip
-        """Loads a pipeline folder; `from_scratch` parts are made from their config.json, `waiting` ones put away."""
+        """Loads a pipeline folder but for the parts `without`.
+
+        `from_scratch` parts are made from their config.json, and `waiting` ones are put away.
+        """
         if config.max_sequence_length and cls.max_sequence_length is None:
             raise ValueError(f"model.max_sequence_length: {cls.family} reads prompts of one length; drop the key")
         if cls.longest_text and (config.max_sequence_length or 0) > cls.longest_text:
             raise ValueError(f"model.max_sequence_length: {cls.family} reads at most {cls.longest_text} text tokens")
         dtypes = {"default": dtype, "vae": vae_dtype}
         # Sorted, since each part made from scratch takes its weights from one stream of random numbers.
-        names = sorted({*config.components, *config.from_scratch})
+        names = sorted({*config.components, *config.from_scratch} - {*without})
         parts = {name: load_part(config, name, dtypes.get(name, dtype)) for name in names}
         pipe = cls.pipeline_class.from_pretrained(
             config.path, dtype=dtypes, variant=variant_in(config.path, config.variant), local_files_only=True,
-            use_safetensors=True, **cls.left_out(config), **parts,
+            use_safetensors=True, **cls.left_out(config), **dict.fromkeys(without), **parts,
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
         for name, part in pipe.components.items():
@@ -105,6 +109,13 @@ class Adapter(ABC):
                 f"folder of the part: model.components: {{{missing[0]}: path/to/{missing[0]}}}"
             )
         return dict.fromkeys({*cls.unused, *absent} - {*config.components})
+
+    @classmethod
+    def idle_in_training(cls, config: Model) -> tuple[str, ...]:
+        """Parts that training does not load, by the folder's index. ValueError where the config has to say which."""
+        if config.expert is not None:
+            raise ValueError(f"model.expert: {cls.family} has one denoiser for all of the schedule; drop the key")
+        return ()
 
     def frozen(self) -> list[nn.Module]:
         """The parts that preference training never changes."""

@@ -21,7 +21,7 @@ from mmalign.paths import find
 def skeleton(config: Model, *, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None) -> Adapter:
     """`base.load` without weights: the adapter, its parameters on the meta device in the dtypes that loading gives.
 
-    A LoRA of the config is left out. `tracing.without_values` makes the parts computable.
+    A LoRA of the config is left out, and what training does not load. `tracing.without_values` makes the parts computable.
 
     Raises:
         ValueError: see `base.check`.
@@ -30,7 +30,7 @@ def skeleton(config: Model, *, dtype: torch.dtype = torch.float32, vae_dtype: to
     base.no_bars()
     kind = base.adapter_class(path)
     found = config.model_copy(update={"path": path})
-    left_out = kind.left_out(found)
+    left_out = {**kind.left_out(found), **dict.fromkeys(kind.idle_in_training(found))}
     parts: dict[str, Any] = {}
     for name in index_parts(path):
         library, class_name = part_class(path, name) if name not in left_out else ("", "")

@@ -85,7 +85,7 @@ class PreferenceTask:
             copied: nn.Module = copy.deepcopy(self.adapter.denoiser).requires_grad_(False).eval()
             return copied.to(home)
         dtype = self.adapter.denoiser.dtype
-        loaded = base.load(self._reference_model(), device=home, dtype=dtype)
+        loaded = base.load(self._reference_model(), device=home, dtype=dtype, training=True)
         return loaded.denoiser.requires_grad_(False).eval()
 
     def _reference_model(self) -> Model:
@@ -97,6 +97,7 @@ class PreferenceTask:
             return model.model_copy(update={"lora": wanted.lora})
         # What replaces parts of the model does not replace the reference's.
         told = {"lora": wanted.lora, "variant": wanted.variant, "max_sequence_length": model.max_sequence_length}
+        told["expert"] = model.expert
         return Model(path=wanted.model, **told)
 
     def _make_averages(self) -> tuple[str, ...]:
@@ -306,7 +307,8 @@ class PreferenceTask:
         """The cache key of what the reference makes of one numbered draw of a group."""
         config = self.config
         drawn: dict[str, Any] = {"timesteps": config.timesteps.model_dump(), "noise": config.noise.identity()}
-        drawn["told"] = [self.adapter.text_length, self.adapter.guidance]
+        expert = config.model.expert
+        drawn["told"] = [self.adapter.text_length, self.adapter.guidance, *([expert] if expert else [])]
         return self.inputs.key(
             weights=self.weights_key, seed=config.seed, pair=list(key), precision=config.precision, **drawn, **more
         )
