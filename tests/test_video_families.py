@@ -47,7 +47,7 @@ def _adapter(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Any:
 
 
 def _compare_first_calls(adapter: VideoAdapter) -> None:
-    """Every argument that the pipeline's sampler gives its denoiser is what `predict` gives it, and so is the output."""
+    """Every argument that the pipeline's sampler gives its denoiser is what `predict` gives it; so is the output."""
     with recorded(adapter.denoiser) as theirs:
         draw(adapter)
     with recorded(adapter.denoiser) as ours, torch.no_grad():

@@ -67,7 +67,8 @@ def test_a_lora_is_trained_on_clips_saved_and_loaded_by_plain_diffusers(
 ) -> None:
     wanted = _config(
         tmp_path / "run", folders[name], table, reference__draws=1, optim__steps=5, optim__lr=5e-3,
-        optim__gradient_checkpointing=True, loss={"kind": "flow_dpo" if name in FLOWS else "diffusion_dpo", "beta": 500.0},
+        optim__gradient_checkpointing=True,
+        loss={"kind": "flow_dpo" if name in FLOWS else "diffusion_dpo", "beta": 500.0},
     )  # fmt: skip
     run = train.run(wanted)
     found = records(run)

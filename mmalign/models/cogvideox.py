@@ -40,6 +40,9 @@ class CogVideoX(VideoAdapter):
         super().__init__(pipe, config)
         self.process = discrete(pipe.scheduler)
         told = self.denoiser.config
+        self.frames = told.sample_frames
+        if told.patch_size_t:  # CogVideoX 1.5
+            self.fps = 16.0
         if told.patch_size_t not in (None, 1, 2) or told.ofs_embed_dim or told.use_learned_positional_embeddings:
             raise ValueError(
                 f"{config.path}: the transformer has patch_size_t, ofs_embed_dim or learned positions of no published "
@@ -91,6 +94,9 @@ class CogVideoX(VideoAdapter):
 
     def default_size(self) -> tuple[int, int]:
         told = self.denoiser.config
+        self.frames = told.sample_frames
+        if told.patch_size_t:  # CogVideoX 1.5
+            self.fps = 16.0
         return told.sample_height * self.vae_factor, told.sample_width * self.vae_factor
 
     def draw_noise(self, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:

@@ -64,7 +64,8 @@ class VideoAdapter(Adapter):
             fitting = [n for n in range(1, frames + step) if self._fits(n)]
             near = sorted(fitting, key=lambda n: (abs(n - frames), n))[:2]
             raise ValueError(
-                f"{key}: {frames} frames do not fit {self.family}, whose autoencoder {self.coding}; use {' or '.join(map(str, sorted(near)))}"
+                f"{key}: {frames} frames do not fit {self.family}, whose autoencoder {self.coding}; "
+                f"use {' or '.join(map(str, sorted(near)))}"
             )
 
     @property

@@ -187,8 +187,8 @@ def tiny_animatediff(path: str | Path, seed: int = 0) -> Path:
         text_encoder = CLIPTextModel(text_config(tokenizer, "quick_gelu"))
         unet = UNet2DConditionModel(
             sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=4, cross_attention_dim=_WIDTH,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4, cross_attention_dim=_WIDTH,
         )  # fmt: skip
         motion = MotionAdapter(
             block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,
