@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from mmalign import sample
-from mmalign.guidance.denoising import Denoising, begin
+from mmalign import noise, sample
+from mmalign.guidance.denoising import Denoising, begin, candidate_seed, timesteps
 from mmalign.jobs import SampleConfig
 from mmalign.models.adapter import Adapter
 from mmalign.testing import tiny, tiny_transformers
