@@ -116,6 +116,25 @@ def close(ours: Any, theirs: Any, name: str) -> None:
         assert ours == pytest.approx(theirs), name
 
 
+def compare_first_calls(adapter: VideoAdapter) -> None:
+    """Every argument that the pipeline's sampler gives its denoiser is what `predict` gives it; so is the output."""
+    with recorded(adapter.denoiser) as theirs:
+        draw(adapter)
+    with recorded(adapter.denoiser) as ours, torch.no_grad():
+        found = adapter.predict(start(adapter), times(adapter)[:1].expand(2), adapter.encode_prompt(PROMPTS))
+    unread = {"return_dict"} | (
+        {"guidance"} if adapter.guidance is None else set()
+    )  # a transformer without its weights
+    told = {name: value for name, value in theirs[0].items() if value is not None and name not in unread}
+    assert told.keys() >= {"hidden_states", "timestep", "output"}
+    for name, value in told.items():
+        assert name in ours[0], f"the pipeline passes {name}, the adapter does not"
+        close(ours[0][name], value, name)
+    for name, value in ours[0].items():
+        assert value is None or name in told, f"only the adapter passes {name}"
+    assert found.shape == (2, *adapter.latent_shape(SIDE, SIDE, FRAMES))
+
+
 def pixels(count: int = 2, frames: int = FRAMES, seed: int = 1) -> Tensor:
     """Clips [count, 3, frames, H, W] in [-1, 1]."""
     return torch.rand(count, 3, frames, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1

@@ -94,9 +94,6 @@ class CogVideoX(VideoAdapter):
 
     def default_size(self) -> tuple[int, int]:
         told = self.denoiser.config
-        self.frames = told.sample_frames
-        if told.patch_size_t:  # CogVideoX 1.5
-            self.fps = 16.0
         return told.sample_height * self.vae_factor, told.sample_width * self.vae_factor
 
     def draw_noise(self, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
