@@ -66,7 +66,7 @@ def generators() -> list[torch.Generator]:
 def start(adapter: VideoAdapter, frames: int = FRAMES) -> Tensor:
     """The noise that a pipeline draws from `generators`; CogVideoX draws frame by frame."""
     c, t, h, w = adapter.latent_shape(SIDE, SIDE, frames)
-    if adapter.family == "cogvideox":
+    if adapter.family.startswith("cogvideox"):
         return torch.cat([torch.randn(1, t, c, h, w, generator=g) for g in generators()]).transpose(1, 2)
     return torch.cat([torch.randn(1, c, t, h, w, generator=g) for g in generators()])
 
@@ -90,12 +90,12 @@ def times(adapter: VideoAdapter) -> Tensor:
 def deterministic(adapter: VideoAdapter) -> Iterator[None]:
     """Inside, the pipeline samples with the scheduler whose step is `Process.step`, and decodes without fresh noise."""
     own = adapter.pipe.scheduler
-    if adapter.family == "cogvideox":
+    if adapter.family.startswith("cogvideox"):
         adapter.pipe.scheduler = diffusers.CogVideoXDDIMScheduler.from_config(own.config)
     elif adapter.process.kind == "flow" and not isinstance(own, diffusers.FlowMatchEulerDiscreteScheduler):
         shape = adapter.latent_shape(SIDE, SIDE, FRAMES)
         adapter.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=adapter.shift(shape))
-    told = {"decode_noise": 0.0} if adapter.family == "ltx" else {}
+    told = {"decode_noise": 0.0} if adapter.family.startswith("ltx") else {}
     vars(adapter).update(told)
     try:
         yield

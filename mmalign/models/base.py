@@ -29,9 +29,12 @@ _CLASSES = {
     "SanaPipeline": ("sana", "mmalign.models.sana:Sana"),
     "QwenImagePipeline": ("qwen_image", "mmalign.models.qwen_image:QwenImage"),
     "WanPipeline": ("wan", "mmalign.models.wan:Wan"),
+    "WanImageToVideoPipeline": ("wan_i2v", "mmalign.models.image_to_video:WanImage"),
     "CogVideoXPipeline": ("cogvideox", "mmalign.models.cogvideox:CogVideoX"),
+    "CogVideoXImageToVideoPipeline": ("cogvideox_i2v", "mmalign.models.image_to_video:CogVideoXImage"),
     "HunyuanVideoPipeline": ("hunyuan_video", "mmalign.models.hunyuan_video:HunyuanVideo"),
     "LTXPipeline": ("ltx", "mmalign.models.ltx:LTXVideo"),
+    "LTXImageToVideoPipeline": ("ltx_i2v", "mmalign.models.image_to_video:LTXVideoImage"),
     "AnimateDiffPipeline": ("animatediff", "mmalign.models.animatediff:AnimateDiff"),
 }
 
@@ -60,8 +63,18 @@ def modality_of(config: Model) -> str:
 
 def modality_of_family(family: str) -> str:
     """What a family of generators draws: image or video."""
+    return _adapter_class(family).modality
+
+
+def goes_on_from_image(config: Model) -> bool:
+    """Whether a checkpoint draws clips that go on from a picture. ValueError as `family_of`."""
+    return _adapter_class(family_of(find(config.path))).of_image
+
+
+def _adapter_class(family: str) -> type[Adapter]:
     module, _, name = {key: where for key, where in _CLASSES.values()}[family].partition(":")
-    return str(getattr(importlib.import_module(module), name).modality)
+    found: type[Adapter] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def pipeline_name(family: str) -> str:
@@ -123,10 +136,8 @@ def load(
     """
     path = check(config)
     _no_bars()
-    module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(path)].partition(":")
     found = config.model_copy(update={"path": path})
-    kind = getattr(importlib.import_module(module), name)
-    adapter: Adapter = kind.load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype)
+    adapter = _adapter_class(family_of(path)).load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype)
     if config.lora:
         _add_lora(adapter.pipeline(), lora_file(config.lora), fuse=dtype == torch.float32)
     return adapter
