@@ -84,10 +84,69 @@ class Search(Strategy):
         return self
 
 
+class Particles(Strategy):
+    """Particles that are weighed and resampled on the way: Feynman-Kac steering (2501.06848), tempered SMC (DAS)."""
+
+    function: ClassVar[str] = "mmalign.guidance.particles:particles"
+    lower: ClassVar[str | None] = "strength"
+    kind: Literal["particles"] = "particles"
+    method: Literal["fk", "smc"] = Field("fk", description="fk: by potentials; smc: tempered, DAS (2501.05803)")
+    n: Annotated[int, Field(ge=2)] = Field(4, description="particles for each picture that is kept")
+    strength: PositiveFloat = Field(
+        10.0, description="lambda: the target is what the model draws times exp(lambda reward)"
+    )
+    potential: Literal["difference", "max", "sum"] = Field(
+        "max", description="fk: of the reward now and before, of the highest so far, of the sum so far"
+    )
+    gamma: PositiveFloat = Field(0.1, description="smc: temperatures are (1 + gamma)^k - 1 after k steps, at most 1")
+    gradient: bool = Field(
+        False, description="smc: steps are pushed up the reward's gradient, and weights take it into account"
+    )
+    every: PositiveInt = Field(4, description="steps between looks at the particles")
+    start: float = Field(0.2, ge=0, le=1, description="share of the trajectory before which there is no look")
+    stop: float = Field(0.9, ge=0, le=1, description="share of the trajectory after which there is none but the last")
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="resample where the effective sample size is below this share of n; 0 never"
+    )
+    eta: float = Field(1.0, gt=0, le=1, description="noise of the steps: 1 is ancestral sampling, 0 would be DDIM")
+    choose: Literal["best", "draw"] = Field("best", description="which is kept: the best, or one drawn by weight")
+
+    @model_validator(mode="after")
+    def _pushed(self) -> Particles:
+        if self.gradient and self.method != "smc":
+            raise ValueError("guidance.gradient belongs to method: smc; use it, or drop gradient")
+        if self.start > self.stop:
+            raise ValueError(f"guidance.start ({self.start}) must not be after guidance.stop ({self.stop})")
+        return self
+
+
+class NoiseOptimisation(Strategy):
+    """Gradient ascent on the initial noise, through all steps: ReNO (2406.04312) and DOODL (2303.13703)."""
+
+    function: ClassVar[str] = "mmalign.guidance.noise_ascent:noise_ascent"
+    gradients: ClassVar[bool] = True
+    lower: ClassVar[str | None] = "lr"
+    kind: Literal["noise"] = "noise"
+    method: Literal["reno", "doodl"] = Field(
+        "reno", description="reno: pulled to the length that noise has; doodl: put back to it, and the gradient scaled"
+    )
+    iterations: PositiveInt = Field(20, description="of ascent, each a whole trajectory forth and back")
+    lr: PositiveFloat = Field(5.0, description="5 in ReNO's code for one-step models")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov's")
+    max_grad_norm: PositiveFloat = Field(0.1, description="of each picture's gradient")
+    length: float = Field(0.01, ge=0, description="reno: weight of the log likelihood of the noise's length")
+    drift: float = Field(0.0, ge=0, description="weight of the mean squared distance from the first noise")
+    checkpoint: bool = Field(
+        True, description="keep the latents of each step alone and compute the rest again: one step's memory for all"
+    )
+
+
 # fmt: off
 Guidance = Annotated[
     BestOfN
-    | Search,
+    | Search
+    | Particles
+    | NoiseOptimisation,
     Field(discriminator="kind"),
 ]
 # fmt: on

@@ -60,6 +60,8 @@ LAYERS: list[set[str]] = [
         "media_table",
         "media_folder",
         "formats",
+        "formats_video",
+        "preference_row",
         "records",
         "evaluation",
         "discovery",
