@@ -145,6 +145,12 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any], float]] = {
         {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
         1.42e9,
     ),
+    "Wan2.1-I2V-14B": (
+        "WanImageToVideoPipeline",
+        "WanTransformer3DModel",
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        16.4e9,
+    ),
     "CogVideoX-2b": ("CogVideoXPipeline", "CogVideoXTransformer3DModel", {}, 1.7e9),
     "CogVideoX-5b": (
         "CogVideoXPipeline",

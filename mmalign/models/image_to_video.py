@@ -37,7 +37,8 @@ class FromImage(VideoAdapter):
         """
         if images is None:
             raise ValueError(f"{self.family} goes on from a picture; give the table of prompts a column `image`")
-        rows = zip(prompts, generators, images, negative_prompts or [None] * len(prompts), strict=True)
+        away: list[str | None] = [*negative_prompts] if negative_prompts else [None] * len(prompts)
+        rows = zip(prompts, generators, images, away, strict=True)
         return np.concatenate(
             [
                 # LTX-Video's decoder takes a generator and no list of one.
