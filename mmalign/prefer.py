@@ -394,7 +394,7 @@ def _identity(config: PreferConfig, jobs: Sequence[Job]) -> dict[str, str]:
         for spec, job in zip(config.rewards, jobs, strict=True)
     ]
     sources = [
-        source.model_dump(mode="json", exclude={"model", "batch_size", "device"})
+        source.model_dump(mode="json", exclude={"model", "batch_size", "device", "provenance"})
         | ({} if isinstance(source, SampleSource) else {"table": content(source.table)})
         for source in config.sources
     ]

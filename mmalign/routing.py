@@ -58,7 +58,8 @@ def write_to_label(folder: Path, ranked: Sequence[Ranked], route: Route) -> int:
         with whole_file(folder / name) as temporary:
             temporary.write_bytes(rendered(rows))
     with whole_file(folder / "to_label.html") as temporary:
-        temporary.write_text(_page(rows, home, route.side), encoding="utf-8")
+        shown = {row["pair"]: [_ref(row[name], home) for name in ("a", "b")] for row in rows}
+        temporary.write_text(question_page(rows, shown, route.side), encoding="utf-8")
     return len(rows)
 
 
@@ -156,18 +157,30 @@ def _as_written(path: Path) -> list[dict[str, Any]]:
     return [{**values, "answer": "", "user_id": ""} for values in lines] if ours else []
 
 
-def _page(rows: Sequence[Mapping[str, Any]], home: str, side: int) -> str:
-    """The page that shows the pairs: pictures inside, one small script of its own, nothing fetched."""
+MERGE = "Then hand the downloaded file to `mmalign prefer merge`."
+
+
+def question_page(
+    rows: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[MediaRef]], side: int, then: str = MERGE
+) -> str:
+    """The page that shows pairs: pictures inside, one small script of its own, nothing fetched.
+
+    Args:
+        rows: with pair, prompt, a and b, which the downloaded answers repeat.
+        shown: the two pictures of each pair.
+        side: longest side of a picture, in pixels.
+        then: what to do with the answers.
+    """
     from jinja2 import Environment, StrictUndefined
 
     pairs = []
     for row in rows:
-        tiles = [inline(_ref(row[name], home), side) for name in ("a", "b")]
+        tiles = [inline(ref, side) for ref in shown[row["pair"]]]
         kept = {name: row[name] for name in ("pair", "prompt", "a", "b")}
         pairs.append({"prompt": row["prompt"], "tiles": tiles, "row": kept})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = files("mmalign").joinpath("to_label.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(pairs=pairs)
+    return environment.from_string(template).render(pairs=pairs, then=re.split("`", then))
 
 
 def _ref(value: Any, home: str) -> MediaRef:
@@ -367,6 +380,11 @@ def _given(paths: Sequence[Path], user: str | None) -> tuple[dict[tuple[str, str
     return given, blank, repeated
 
 
+def answers_in(paths: Sequence[Path]) -> dict[tuple[str, str | None], Verdict]:
+    """(pair, person) -> answer, of files as `merge` takes them. ValueError for other answers, or two different ones."""
+    return _given(paths, None)[0]
+
+
 def _answer_records(path: Path) -> Records:
     return _spreadsheet(path) if path.suffix.lower() in (".csv", ".tsv") and path.is_file() else read_records(path)
 
@@ -412,6 +430,6 @@ def _verdict(record: Record) -> Verdict | None:
 
 
 __all__ = [
-    "HUMAN", "Merged", "asked_about", "merge", "of_rewards", "pair_name", "refuse_overwriting", "table_files",
-    "write_to_label",
+    "HUMAN", "Merged", "answers_in", "asked_about", "merge", "of_rewards", "pair_name", "question_page",
+    "refuse_overwriting", "table_files", "write_to_label",
 ]  # fmt: skip

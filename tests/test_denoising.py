@@ -138,7 +138,9 @@ def test_neighbours_do_not_matter(sd: tuple[Adapter, SampleConfig]) -> None:
         alone = begin(adapter, [prompts[k]], [seeds[k]], config)
         assert torch.equal(alone.initial()[0], together.initial()[k])
         torch.testing.assert_close(alone.plain(alone.initial())[0], drawn[k], rtol=0, atol=1e-5)
-        first, second = (torch.randn(3, generator=each) for each in (alone.generator(0, "x"), together.generator(k, "x")))
+        first, second = (
+            torch.randn(3, generator=each) for each in (alone.generator(0, "x"), together.generator(k, "x"))
+        )
         assert torch.equal(first, second)
     turned = begin(adapter, prompts[::-1], seeds[::-1], config.model_copy(update={"batch_size": 3}))
     torch.testing.assert_close(turned.plain(turned.initial()).flip(0), drawn, rtol=0, atol=1e-5)
