@@ -32,6 +32,7 @@ UNETS = ("sd", "sdxl", "animatediff")
 WITHOUT_COMFYUI = {
     "animatediff": "ComfyUI has no motion modules of its own",
     "cogvideox": "ComfyUI's LoRA loader has no names for it",
+    "cogvideox_i2v": "the same",
     "hunyuan_video": "ComfyUI joins its projections into one, which LoRAs of each cannot be",
 }
 """Families whose LoRA is not written for ComfyUI, and why."""
@@ -141,6 +142,7 @@ def _comfyui_name(module: str, family: str, denoiser_config: Mapping[str, Any]) 
     """
     if family in UNETS:
         return kohya.kohya_name(module, family, denoiser_config)
+    family = family.removesuffix("_i2v")
     if family not in ("ltx", "wan"):
         return f"transformer.{module}"
     for theirs, comfy in _WAN if family == "wan" else ():
@@ -270,8 +272,9 @@ def _usage(
         lines.append('pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
     if modality_of_family(family) == "image":
         return "\n".join([*lines, 'pipe("a prompt").images[0].save("image.png")'])
-    lines.insert(1, "from diffusers.utils import export_to_video")
-    return "\n".join([*lines, 'export_to_video(pipe("a prompt").frames[0], "clip.mp4")'])
+    lines.insert(1, "from diffusers.utils import export_to_video, load_image")
+    told = 'load_image("first.png"), "a prompt"' if family.endswith("_i2v") else '"a prompt"'
+    return "\n".join([*lines, f'export_to_video(pipe({told}).frames[0], "clip.mp4")'])
 
 
 def _score_table(scores: Mapping[str, float | str | Mapping[str, float | str]]) -> str:

@@ -30,6 +30,9 @@ FAMILIES = {
     "cogvideox": "CogVideoX 2B, 5B and 1.5 text-to-video: transformer over space and time, v prediction, T5",
     "hunyuan_video": "HunyuanVideo text-to-video: flow matching, LLaMA and CLIP, guidance as an input",
     "ltx": "LTX-Video text-to-video: flow matching, packed tokens, strongly compressing autoencoder, T5",
+    "wan_i2v": "Wan 2.1 image-to-video: told the first frame, in latents and by a vision tower",
+    "cogvideox_i2v": "CogVideoX image-to-video (5B, 1.5): told the first frame's latents",
+    "ltx_i2v": "LTX-Video image-to-video: the first frame stays as it is",
     "animatediff": "AnimateDiff: Stable Diffusion 1.x with motion modules, eps prediction, an autoencoder of pictures",
 }
 
@@ -38,7 +41,7 @@ FAMILIES = {
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Family = Literal[
     "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",
-    "ltx", "animatediff",
+    "ltx", "wan_i2v", "cogvideox_i2v", "ltx_i2v", "animatediff",
     "open_clip", "image_reward", "qwen2_vl", "latent",
 ]  # fmt: skip
 
@@ -66,7 +69,8 @@ class Model(Strict):
         None, ge=0, description="told to guidance-distilled models (FLUX.1-dev) in training; default 1: the data's own"
     )
     expert: Literal["high", "low"] | None = Field(
-        None, description="of two transformers (Wan 2.2 A14B) the one for high or low noise: it is trained, or has the LoRA"
+        None,
+        description="of two transformers (Wan 2.2 A14B) the one for high or low noise: it is trained, or has the LoRA",
     )
     vae: Vae = Vae()
     components: dict[str, Path] = Field({}, description="replace single parts, e.g. {vae: path/to/vae}")
@@ -383,7 +387,9 @@ class TrainConfig(Strict):
         if "text_encoder" in wanted and self.optim.train_text_encoder:
             raise ValueError("optim.offload: a text encoder that is trained stays on the device; drop one of the keys")
         if "reference" in wanted and self.optim.compile:
-            raise ValueError("optim.offload: a compiled reference stays on the device; drop reference, or optim.compile")
+            raise ValueError(
+                "optim.offload: a compiled reference stays on the device; drop reference, or optim.compile"
+            )
         if "reference" in wanted and (self.task == "sft" or self.reference.kind == "adapter_off"):
             raise ValueError("optim.offload: there is no second model as reference to put away; drop reference")
 

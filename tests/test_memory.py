@@ -156,9 +156,7 @@ def test_activations_are_what_torch_saves_for_backward(
     name: str, size: Size, checkpointed: bool, precision: str, tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
     """Within a tenth of it; under checkpointing, where little is saved, within a quarter."""
-    wanted = settings(
-        tmp_path, folders(name), name, precision=precision, optim__gradient_checkpointing=checkpointed
-    )
+    wanted = settings(tmp_path, folders(name), name, precision=precision, optim__gradient_checkpointing=checkpointed)
     found = memory.estimate(wanted, pairs(size)).step.activations
     adapter: Any = base.load(wanted.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     memory.finish.make_trainable(adapter, wanted)
@@ -264,8 +262,6 @@ def test_a_run_writes_estimated_beside_measured(tmp_path: Path, folders: Callabl
 
 
 def test_other_tasks_are_refused(tmp_path: Path, folders: Callable[[str], Path]) -> None:
-    wanted = settings(
-        tmp_path, folders("sd"), "sd", task="autoencoder", loss={"kind": "reconstruction"}, lora=None
-    )
+    wanted = settings(tmp_path, folders("sd"), "sd", task="autoencoder", loss={"kind": "reconstruction"}, lora=None)
     with pytest.raises(ValueError, match="preference and sft"):
         memory.estimate(wanted)

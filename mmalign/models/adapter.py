@@ -36,6 +36,7 @@ class Adapter(ABC):
     family: str
     pipeline_class: Any
     modality: Literal["image", "video"] = "image"  # what the pipeline draws; latents of clips have an axis of frames
+    of_image: bool = False  # whether clips go on from a picture: the denoiser is told the first frame
     denoiser_name: str = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     unused: tuple[str, ...] = ()  # parts of the pipeline that are left out on loading
@@ -208,7 +209,7 @@ class Adapter(ABC):
             options: further arguments of the pipeline's call (num_inference_steps, height, width, num_frames).
         """
         told = self.call_arguments(guidance_scale, negative_prompts, len(prompts))
-        return self.drawn(self.pipeline()(prompts, generator=generators, output_type="np", **told, **options))
+        return self.drawn(self.pipeline()(prompt=prompts, generator=generators, output_type="np", **told, **options))
 
     def drawn(self, output: Any) -> np.ndarray:
         """The pictures in what the pipeline's call returned."""

@@ -268,7 +268,7 @@ class PreferenceTask:
         else:
             unit = unit_noise(adapter, latents.shape[1:], of_picture)
         condition = self.inputs.conditions(batch["prompts"])
-        condition = adapter.add_size(condition, torch.stack([item.sizes for item in batch["fetched"]]))
+        condition = self.inputs.seen(condition, batch["fetched"])
         noisy, unit = self.noising(batch, latents, t, unit, condition, of_picture)
         return noisy, t, condition, adapter.process.target(latents, t, unit)
 
