@@ -39,7 +39,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Family = Literal[
     "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",
     "ltx", "animatediff",
-    "open_clip", "image_reward", "qwen2_vl",
+    "open_clip", "image_reward", "qwen2_vl", "latent",
 ]  # fmt: skip
 
 
@@ -160,10 +160,11 @@ class Data(Strict):
             raise ValueError("give data.dimension or data.dimensions, not both")
         if self.axes and (self.dimension is not None or self.dimensions is not None):
             raise ValueError("give data.axes, or data.dimension or data.dimensions, not both")
-        if self.axes and (self.ties == "half" or self.pairing == "across" or self.shapes is not None):
+        pictures = self.shapes is not None and self.frames is None
+        if self.axes and (self.ties == "half" or self.pairing == "across" or pictures):
             raise ValueError(
                 "data.axes keeps the judgements of a table's row together; use ties: soft or drop, pairing: within, "
-                "and no shapes"
+                "and of the shapes world clips (data.frames)"
             )
         if self.dimensions is not None and (
             min(self.dimensions.values(), default=0) < 0 or not sum(self.dimensions.values())
@@ -286,8 +287,9 @@ class TrainConfig(Strict):
                 raise ValueError(f"task reward fits the families {', '.join(REWARD_FAMILIES)}, not {family}")
             if self.lora and self.lora.init:
                 raise ValueError("lora.init is for denoisers; to go on with a scorer, give its export as model.path")
-            if family == "qwen2_vl" and self.model.from_scratch:
-                raise ValueError("model.from_scratch: a VLM is not trained from nothing; drop it")
+            if family in ("qwen2_vl", "latent") and self.model.from_scratch:
+                what = "a VLM" if family == "qwen2_vl" else "what reads latents"
+                raise ValueError(f"model.from_scratch: {what} is not trained from nothing; drop it")
             check_reward(
                 self.reward, self.loss, self.data.axes, family, self.lora is not None, ties=self.data.ties,
                 across=self.data.pairing == "across",
@@ -389,6 +391,7 @@ class Sampling(Strict):
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    provenance: bool = Field(True, description="keep prompt, seed, settings and hashes of the weights in each file")
 
     @model_validator(mode="after")
     def _guided(self) -> Self:

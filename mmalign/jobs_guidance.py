@@ -7,12 +7,16 @@ and as light.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, RewardSpec
+
+LATENT = "latent_reward"
+"""The evaluator whose network `nrg` follows."""
 
 
 class Strategy(Strict):
@@ -24,7 +28,9 @@ class Strategy(Strict):
 
     function: ClassVar[str]
     gradients: ClassVar[bool] = False
+    any_reward: ClassVar[bool] = True  # whether it takes every evaluator
     lower: ClassVar[str | None] = None
+    sets: ClassVar[bool] = False  # whether all pictures of a prompt are chosen together, as a batch of their own
 
     rewards: tuple[RewardSpec, ...] = Field(
         min_length=1, description="evaluators with weights; what is maximised is the weighted sum of their scores"
@@ -141,12 +147,133 @@ class NoiseOptimisation(Strategy):
     )
 
 
+class Neighbourhood(Strategy):
+    """Draw n pictures and keep the one on which the weights around the wished ones agree (after 2510.20498)."""
+
+    function: ClassVar[str] = "mmalign.guidance.robust:robust_choice"
+    kind: Literal["neighbourhood"] = "neighbourhood"
+    n: PositiveInt = Field(8, description="pictures for each one that is kept; the first is that of the plain seed")
+    angle: float = Field(20.0, ge=0, le=90, description="degrees around the wished weights; 0 is plain best of n")
+    concentration: PositiveFloat | None = Field(
+        None, description="instead of angle: weights from a Dirichlet distribution with the wished ones as its mean"
+    )
+    directions: PositiveInt = Field(256, description="how many weights are drawn")
+    direction_seed: int = Field(0, description="of the weights, which are the same for every prompt")
+    rule: Literal["reciprocal_rank", "wins", "worst_regret", "regret"] = Field(
+        "reciprocal_rank", description="how far they agree (docs/guidance/neighbourhood.md)"
+    )
+    scale: Literal["rank", "deviation", "none"] = Field(
+        "rank", description="units of each reward among the n pictures: ranks, standard deviations, or its own"
+    )
+
+    @model_validator(mode="after")
+    def _several(self) -> Neighbourhood:
+        if sum(reward.weight > 0 for reward in self.rewards) < 2:
+            raise ValueError("neighbourhood weighs rewards against each other: give two or more a weight above 0")
+        return self
+
+
+class Diversity(Strategy):
+    """Evolve a set that covers learned axes of similarity, each picture the best of its cell (QDHF, 2310.12103)."""
+
+    function: ClassVar[str] = "mmalign.guidance.quality_diversity:quality_diversity"
+    sets: ClassVar[bool] = True
+    kind: Literal["diversity"] = "diversity"
+    candidates: PositiveInt = Field(64, description="pictures drawn for each prompt; its `per_prompt` ones are the set")
+    initial: int = Field(32, ge=3, description="of these at random; then elites are mutated")
+    children: PositiveInt = Field(8, description="mutants between two looks at the archive")
+    strength: float = Field(0.5, gt=0, le=1, description="share of fresh noise in a mutant; 1 is random search")
+    axes: int = Field(2, ge=1, le=4, description="how many axes are learned")
+    cells: int = Field(4, ge=1, le=64, description="cells of the archive along each axis")
+    clip: Path = Field(description="CLIP weights (a file, or a folder) whose picture features the axes project")
+    clip_model: str = Field("auto", description="open_clip name, folder or config; auto: the folder's own, or ViT-B-32")
+    judgements: Path | None = Field(
+        None, description="what people said: a JSONL with anchor, a, b (pictures) and answer (A or B is more like it)"
+    )
+    judge: EvaluatorSpec | None = Field(None, description="or an evaluator whose scores say how alike two pictures are")
+    judge_scores: tuple[str, ...] = Field((), description="which of its scores; default: all")
+    triplets: PositiveInt = Field(200, description="how many an evaluator judges, of the pictures at random")
+    floor: float = Field(0.0, description="the lowest reward there can be, for the QD score")
+
+    @model_validator(mode="after")
+    def _judged(self) -> Diversity:
+        if (self.judge is None) == (self.judgements is None):
+            raise ValueError(
+                "diversity learns its axes from judgements (people) or from a judge (an evaluator): give one"
+            )
+        if self.initial > self.candidates:
+            raise ValueError(f"initial ({self.initial}) is above candidates ({self.candidates}); lower it")
+
+
+class NRG(Strategy):
+    """Flow-NRG: lead each prediction by the gradient of rewards that know noisy latents (2501.13918)."""
+
+    function: ClassVar[str] = "mmalign.guidance.nrg:nrg"
+    any_reward: ClassVar[bool] = False
+    lower: ClassVar[str | None] = "scale"
+    kind: Literal["nrg"] = "nrg"
+    scale: float = Field(1.0, ge=0, description="w, of the gradient; an axis' share of it is the weight of its reward")
+    skip_above: float = Field(
+        0.95, gt=0, le=1, description="share of the schedule above which nothing is led: pure noise says nothing"
+    )
+    max_ratio: PositiveFloat = Field(
+        10.0, description="noise over signal, t / (1 - t) of a flow, counts as this at most; it grows without bound"
+    )
+
+    @model_validator(mode="after")
+    def _on_latents(self) -> NRG:
+        others = [spec.name for spec in self.rewards if spec.name != LATENT]
+        if others:
+            raise ValueError(
+                f"rewards: {others[0]} scores finished media, and nrg follows rewards of noisy latents; use {LATENT} "
+                "(fitted by task: reward with model.family: latent), or kind: gradient for any differentiable evaluator"
+            )
+        lacking = [spec for spec in self.rewards if "model" not in spec.params]
+        if lacking:
+            raise ValueError(f"rewards: {LATENT} needs params: {{model: the export/ folder of its run}}")
+        return self
+
+
+class Gradient(Strategy):
+    """Lead each prediction by the gradient of differentiable evaluators at the decoded estimate (2302.07121)."""
+
+    function: ClassVar[str] = "mmalign.guidance.gradient:gradient"
+    any_reward: ClassVar[bool] = False
+    gradients: ClassVar[bool] = True
+    lower: ClassVar[str | None] = "scale"
+    kind: Literal["gradient"] = "gradient"
+    scale: float = Field(
+        0.1,
+        ge=0,
+        description="how far a prediction is moved, relative to its length; without normalise, of the gradient",
+    )
+    normalise: bool = Field(True, description="moves of the same relative length at every step, whatever the unit")
+    through_denoiser: bool = Field(
+        True, description="the gradient by noisy latents; false: by the estimate alone, which takes less memory"
+    )
+    recurrence: PositiveInt = Field(1, description="how often a guided step is taken, its end noised again in between")
+    start: float = Field(0.9, gt=0, le=1, description="share of the schedule from which on predictions are led")
+    stop: float = Field(0.0, ge=0, lt=1, description="share of the schedule below which they are no longer")
+    max_ratio: PositiveFloat = Field(10.0, description="without normalise: noise over signal counts as this at most")
+    checkpoint: bool = Field(False, description="decode a second time for the gradient, which takes less memory")
+
+    @model_validator(mode="after")
+    def _range(self) -> Gradient:
+        if self.stop >= self.start:
+            raise ValueError(f"stop ({self.stop:g}) is not below start ({self.start:g}): no step would be led")
+        return self
+
+
 # fmt: off
 Guidance = Annotated[
     BestOfN
     | Search
+    | NRG
+    | Gradient
     | Particles
-    | NoiseOptimisation,
+    | NoiseOptimisation
+    | Neighbourhood
+    | Diversity,
     Field(discriminator="kind"),
 ]
 # fmt: on

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmalign import provenance, report_sheet
 from mmalign.config import dump
 from mmalign.guidance import sampling as guided
 from mmalign.guidance.summary import lines, summarise
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
-from mmalign.media import clip_facts, write_image, write_video
+from mmalign.media import clip_facts
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
@@ -52,7 +53,7 @@ def requests(config: SampleConfig) -> list[Request]:
     Raises:
         ValueError: the prompts file is missing, empty, or has no `prompt` column.
     """
-    rows = _prompts(find(config.prompts))[: config.limit]
+    rows = read_prompts(find(config.prompts))[: config.limit]
     return [
         Request(prompt, (config.seed if seed is None else seed) + k, f"{number:06d}")
         for number, (prompt, seed) in enumerate(rows)
@@ -60,7 +61,8 @@ def requests(config: SampleConfig) -> list[Request]:
     ]
 
 
-def _prompts(path: Path) -> list[tuple[str, int | None]]:
+def read_prompts(path: Path) -> list[tuple[str, int | None]]:
+    """Prompts and their own seeds, of a text file or a table. ValueError where it is none, or empty."""
     if path.suffix == ".txt":
         if not path.is_file():
             raise ValueError(f"{path} does not exist; check the path of `prompts`")
@@ -94,7 +96,7 @@ def _seed(record: Record) -> int | None:
 
 
 def run(config: SampleConfig) -> Path:
-    """Generates what is missing and returns the media table `output/table.jsonl`.
+    """Generates what is missing and returns the media table `output/table.jsonl`; `index.html` beside it shows them.
 
     Pictures that a killed run left behind are kept: they appear whole or not at all, and the config is checked.
 
@@ -115,15 +117,17 @@ def run(config: SampleConfig) -> Path:
     clips = base.modality_of(config.model) == "video"
     _check_clips(config, clips)
     missing = [request for request in wanted if not _place(folder, request, clips).is_file()]
+    missing = guided.with_sets(wanted, missing, config.guidance)
     adapter = load(config, device) if missing else None
     with alone_in(folder, "mmalign sample"):
         _begin(config, identity, clips)
         if adapter is not None:
+            told = _teller(config, identity, adapter)
             with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
                 done = len(wanted) - len(missing)
                 for part, images in _drawn(adapter, missing, config, bar, done):
                     for request, image in zip(part, images, strict=True):
-                        _write(config, _place(folder, request, clips), image, adapter)
+                        _write(config, _place(folder, request, clips), image, adapter, told(request))
                     done += len(part)
                     bar.update(done)
         name = str(config.model.lora or config.model.path)
@@ -140,6 +144,7 @@ def run(config: SampleConfig) -> Path:
             records = [guided.read_record(folder, request.sample) for request in wanted]
             found = summarise(config.guidance, records, [request.group for request in wanted], folder)
             print(lines(found), file=sys.stderr)
+        report_sheet.build([folder / "table.jsonl"], folder / "index.html")
     return folder / "table.jsonl"
 
 
@@ -238,16 +243,32 @@ def generate(
         yield part, list((images * 255).round().astype(np.uint8))
 
 
+def _teller(
+    config: SampleConfig, identity: dict[str, Any], adapter: Adapter
+) -> Callable[[Request], provenance.Record | None]:
+    """What gives a request the record of how it was drawn, or none where the config wants none."""
+    if not config.provenance:
+        return lambda request: None
+    weights = {name: digest for name, digest in identity["model"].items() if isinstance(digest, str)}
+    told = {name: identity[name] for name in ("negative_lora", "guidance")}
+    scheduler = type(adapter.pipe.scheduler).__name__
+    if config.guidance:  # it takes these steps itself
+        scheduler = "Euler" if adapter.process.kind == "flow" else "DDIM"
+    return lambda request: provenance.record(config, weights, request.prompt, request.seed, scheduler=scheduler, **told)
+
+
 def _place(folder: Path, request: Request, clips: bool) -> Path:
     return folder / ("videos" if clips else "images") / f"{request.sample}{'.mp4' if clips else '.png'}"
 
 
-def _write(config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapter) -> None:
+def _write(
+    config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapter, told: provenance.Record | None
+) -> None:
     if isinstance(adapter, VideoAdapter):
         frames = torch.from_numpy(picture).permute(0, 3, 1, 2)
-        write_video(path, frames, adapter.fps, lossless=config.lossless)
+        provenance.write_clip(path, frames, adapter.fps, told, lossless=config.lossless)
     else:
-        write_image(path, picture)
+        provenance.write_picture(path, picture, told)
 
 
 def _clip_facts(path: Path) -> dict[str, Any]:
@@ -273,10 +294,10 @@ def _check_same(config: SampleConfig) -> dict[str, Any]:
 
     Files count by content, not by path.
     """
-    folder, ignored = config.output, {"batch_size", "device", "output", "limit"}
+    folder, ignored = config.output, {"batch_size", "device", "output", "limit", "provenance"}
     path = folder / "run.json"
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
-    now["prompts"] = hashlib.sha256(json.dumps(_prompts(find(config.prompts))).encode()).hexdigest()
+    now["prompts"] = hashlib.sha256(json.dumps(read_prompts(find(config.prompts))).encode()).hexdigest()
     told = config.model.model_dump(include={"max_sequence_length", "guidance"}, exclude_none=True)
     now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
     now["guidance"] = guided.identity(config.guidance) if config.guidance else None

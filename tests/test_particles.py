@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from guidance_kit import asked, brightness, unheard
 from torch import Tensor
 
 from mmalign.guidance import clouds
 from mmalign.guidance.clouds import Cloud
+from mmalign.guidance.particles import looks, particles
+from mmalign.jobs_guidance import Particles
+from mmalign.testing import tiny, tiny_transformers, tiny_video
 
 STATES, STEPS, STRENGTH = 4, 3, 0.5
 RNG = np.random.default_rng(0)
@@ -162,3 +167,77 @@ def test_temperatures_rise_to_one() -> None:
     found = clouds.temperatures(10, 0.1)
     np.testing.assert_allclose(found[:3], [0.1, 0.21, 0.331], atol=1e-12)
     assert found == sorted(found) and found[-1] == 1.0 and max(clouds.temperatures(50, 0.1)) == 1.0
+
+
+# -------------------------------------------------------------------------------------------------- as a strategy
+
+MAKERS = {"sd": tiny.tiny_sd, "sd3": tiny_transformers.tiny_sd3, "wan": tiny_video.tiny_wan}
+
+
+@pytest.fixture(scope="module", name="model", params=MAKERS)
+def _model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = MAKERS[request.param](tmp_path_factory.mktemp("particles") / request.param)
+    return folder, {"frames": 5} if request.param == "wan" else {}
+
+
+def settings(**changes: Any) -> Particles:
+    told = {"rewards": [{"name": "hps"}], "n": 3, "every": 1, "start": 0.0, "stop": 1.0, "strength": 50.0}
+    return Particles.model_validate({**told, **changes})
+
+
+def run(model: Any, wanted: Particles, rows: slice = slice(None), **changes: Any) -> Any:
+    rewards = brightness()
+    denoising = asked(model[0], wanted, rewards, rows, **model[1], **changes)
+    return particles(denoising, rewards, wanted, unheard), denoising
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"potential": "difference", "choose": "draw"}, {"method": "smc"}, {"method": "smc", "gradient": True}],
+)
+def test_a_row_is_the_same_in_any_company_and_costs_are_counted(model: Any, changes: dict[str, Any]) -> None:
+    wanted = settings(**changes)
+    together, denoising = run(model, wanted)
+    alone, _ = run(model, wanted, slice(1, 2), batch_size=1)
+    torch.testing.assert_close(together.latents[1:2], alone.latents, atol=2e-4, rtol=1e-4)
+    assert together.records[1]["particle"] == alone.records[0]["particle"]
+    seen = len(looks(denoising.steps, 1, 0.0, 1.0))
+    gradients = 3 * denoising.steps if wanted.gradient else 0
+    for spent in denoising.spent:
+        assert spent.network_calls == 3 * 2 * denoising.steps
+        assert spent.reward_calls == 3 * (seen + 1) and spent.reward_gradients == gradients
+        assert spent.decodes == 3 * (seen + 1) + gradients
+    again, _ = run(model, wanted)
+    assert torch.equal(again.latents, together.latents)
+
+
+def test_the_best_particle_is_kept_and_steering_raises_the_reward(model: Any) -> None:
+    steered, denoising = run(model, settings())
+    for record in steered.records:
+        assert record["rewards"][record["particle"]] == max(record["rewards"])
+        assert 1 <= record["effective_size"] <= 3 + 1e-9 and sum(record["weights"]) == pytest.approx(1)
+    blind, _ = run(model, settings(threshold=0.0, choose="draw", strength=1e-9))
+    assert all(record["resamplings"] == 0 for record in blind.records)
+    np.testing.assert_allclose([record["weights"] for record in blind.records], 1 / 3, atol=1e-6)
+    reward = brightness()
+    mean = [denoising.reward(reward, outcome.latents).mean().item() for outcome in (steered, blind)]
+    assert mean[0] > mean[1]
+
+
+def test_gradients_push_all_particles_up(model: Any) -> None:
+    pushed, _ = run(model, settings(method="smc", gradient=True, strength=300.0, threshold=0.0))
+    left, _ = run(model, settings(method="smc", strength=300.0, threshold=0.0))
+    assert np.mean([r["rewards"] for r in pushed.records]) > np.mean([r["rewards"] for r in left.records])
+
+
+def test_when_it_looks() -> None:
+    assert looks(10, 2, 0.2, 0.8) == {2, 4, 6, 8}
+    assert looks(10, 1, 0.0, 1.0) == set(range(1, 10))
+    assert looks(4, 8, 0.0, 1.0) == set()
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"guidance\.gradient belongs to method: smc"):
+        settings(gradient=True)
+    with pytest.raises(ValueError, match=r"start \(0\.9\) must not be after"):
+        settings(start=0.9, stop=0.5)

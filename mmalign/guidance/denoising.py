@@ -263,7 +263,7 @@ def begin(
     return Denoising(
         adapter, prompts, seeds, shape, scale, embedded,
         condition=adapter.add_size(adapter.encode_prompt(prompts), sizes),
-        negative=adapter.add_size(adapter.encode_prompt(away), sizes) if scale > 1 else None,
+        negative=adapter.add_size(adapter.encode_negative(away), sizes) if scale > 1 else None,
         timesteps=timesteps(adapter, sampling.steps, shape), batch_size=sampling.batch_size, strategy=strategy,
         lower=lower,
     )  # fmt: skip

@@ -164,8 +164,18 @@ class Rewards:
         Returns:
             [n], float64, on the CPU.
         """
+        return self.total(self.counted(pixels, prompts, rows))
+
+    def counted(self, pixels: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """`parts`, and counts as `scores` does: for strategies that look at each reward by itself."""
         self._count("reward_calls", len(pixels), rows)
-        return self.total(self.parts(pixels, prompts))
+        return self.parts(pixels, prompts)
+
+    def axes(self, parts: dict[str, Tensor]) -> tuple[Tensor, list[float]]:
+        """The rewards that have a weight, signed so that higher is better, [n, d], and their weights [d]."""
+        weighed = [(name, *part) for name, part in zip(self.names, self._parts, strict=True) if part[0].weight]
+        values = [scorer.sign * parts[name] for name, _, scorer in weighed]
+        return torch.stack(values, dim=1), [spec.weight for _, spec, _ in weighed]
 
     def tensor(self, pixels: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None) -> Tensor:
         """The reward with a gradient to the pixels (not rounded), float32 [n].
@@ -276,4 +286,4 @@ def without_gradients() -> list[str]:
     """Kinds of the strategies that take any reward."""
     from mmalign.jobs_guidance import strategies
 
-    return [kind for kind, strategy in strategies() if not strategy.gradients]
+    return [kind for kind, strategy in strategies() if strategy.any_reward]

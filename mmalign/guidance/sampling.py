@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import time
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from mmalign.evaluation import Backbones
 from mmalign.guidance.denoising import Bar, Denoising, Outcome, begin
+from mmalign.guidance.features import clip_files
 from mmalign.guidance.rewards import Rewards, Scorer, fitting, load_scorers, name_of, refuse_without_gradient
 from mmalign.jobs import SampleConfig
-from mmalign.jobs_guidance import Strategy
+from mmalign.jobs_guidance import Diversity, Strategy
 from mmalign.models.adapter import Adapter
 from mmalign.paths import find
 from mmalign.results import score_label
@@ -35,6 +37,7 @@ class Request(Protocol):
 
     prompt: str
     seed: int
+    group: str
 
     @property
     def sample(self) -> str: ...
@@ -49,6 +52,9 @@ def check(settings: Strategy) -> None:
     """
     jobs = fitting(settings.rewards, "guidance.rewards")
     fitting(settings.held_out, "guidance.held_out")
+    if isinstance(settings, Diversity):
+        clip_files(settings.clip, settings.clip_model, "guidance.clip")
+        fitting([settings.judge] if settings.judge else [], "guidance.judge")
     if settings.gradients:
         refuse_without_gradient([(spec, job.cls) for spec, job in zip(settings.rewards, jobs, strict=True)])
     names = [name_of(spec, job.label) for spec, job in zip(settings.rewards, jobs, strict=True)]
@@ -70,6 +76,8 @@ def identity(settings: Strategy) -> Record:
             {**spec.model_dump(exclude={"params"}, mode="json"), **_evaluator(job)}
             for spec, job in zip(specs, fitting(specs, f"guidance.{key}"), strict=True)
         ]
+    if isinstance(settings, Diversity) and settings.judge:
+        told["judge"] = _evaluator(fitting([settings.judge], "guidance.judge")[0])
     return told
 
 
@@ -105,14 +113,33 @@ def run(
     module, _, name = settings.function.partition(":")
     strategy = getattr(importlib.import_module(module), name)
     rewards, held_out = _judges(adapter, config)
-    for start in range(0, len(wanted), config.batch_size):
-        part = list(wanted[start : start + config.batch_size])
+    start = 0
+    for part in batches(wanted, settings, config.batch_size):
         pixels, records = _batch(adapter, part, config, strategy, rewards, held_out, _bar(tell, start, len(part)))
         for request, record in zip(part, records, strict=True):
             _write(record_path(config.output, request.sample), record)
-        tell(start + len(part), None)
+        start += len(part)
+        tell(start, None)
         whole = (pixels * 255).round().to("cpu", torch.uint8)
         yield part, list((whole.permute(0, 2, 3, 1) if whole.ndim == 4 else whole.permute(0, 2, 3, 4, 1)).numpy())
+
+
+def batches(wanted: Sequence[Any], settings: Strategy, size: int) -> Iterator[list[Any]]:
+    """The requests in batches of `size`; a strategy that chooses sets gets all of a prompt's at once, and no others."""
+    if settings.sets:
+        for _, part in itertools.groupby(wanted, key=lambda request: request.group):
+            yield list(part)
+    else:
+        for start in range(0, len(wanted), size):
+            yield list(wanted[start : start + size])
+
+
+def with_sets(wanted: Sequence[Any], missing: Sequence[Any], settings: Strategy | None) -> list[Any]:
+    """What has to be drawn where some are missing: a set that lacks a member is drawn again as a whole."""
+    if settings is None or not settings.sets:
+        return list(missing)
+    groups = {request.group for request in missing}
+    return [request for request in wanted if request.group in groups]
 
 
 def _bar(tell: Callable[[float, float | None], None], start: int, count: int) -> Bar:

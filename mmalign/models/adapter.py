@@ -183,6 +183,10 @@ class Adapter(ABC):
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
         """The condition of B prompts, as the family's pipeline encodes them. A row never depends on its neighbours."""
 
+    def encode_negative(self, prompts: list[str]) -> Condition:
+        """The condition of B prompts to be guided away from, as the family's pipeline encodes them."""
+        return self.encode_prompt(prompts)
+
     def add_size(self, condition: Condition, sizes: Tensor) -> Condition:
         """The condition with what the family needs to know of picture sizes and crops.
 

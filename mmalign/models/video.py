@@ -62,9 +62,9 @@ class VideoAdapter(Adapter):
         step = 2 * self.temporal * self.patch_frames
         if not self._fits(frames):
             fitting = [n for n in range(1, frames + step) if self._fits(n)]
-            near = sorted(fitting, key=lambda n: (abs(n - frames), n))[:2]
+            near = " or ".join(map(str, sorted(sorted(fitting, key=lambda n: (abs(n - frames), n))[:2])))
             raise ValueError(
-                f"{key}: {frames} frames do not fit {self.family}, whose autoencoder {self.coding}; use {' or '.join(map(str, sorted(near)))}"
+                f"{key}: {frames} frames do not fit {self.family}, whose autoencoder {self.coding}; use {near}"
             )
 
     @property

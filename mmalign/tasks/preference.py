@@ -27,7 +27,7 @@ from mmalign.models.shared_text import once_per_prompt
 from mmalign.progress import track
 from mmalign.tasks import buckets, finish, sources
 from mmalign.tasks.groups import constants, grid, judgement
-from mmalign.tasks.inputs import DENOISER, Inputs, View, draw, timesteps, unit_noise
+from mmalign.tasks.inputs import DENOISER, Inputs, Size, View, draw, timesteps, unit_noise
 from mmalign.tasks.noising import Noising
 from mmalign.tasks.state import Averages, Lagged, adapter_off
 from mmalign.tasks.watch import Watch
@@ -116,7 +116,7 @@ class PreferenceTask:
         found = {"data": summary + self.targets.summary(), "reference": reference, **self._units(self.targets.largest)}
         return {**found, "contents": sources.digest(self.groups), **self.targets.facts(self._units)}
 
-    def _units(self, size: buckets.Size) -> dict[str, Any]:
+    def _units(self, size: Size) -> dict[str, Any]:
         """Numbers of a picture's (or clip's) latents, and beta per element and per sample for as many."""
         elements = int(torch.tensor(self.adapter.latent_shape(*size)).prod())
         units = beta_units(self.beta, elements, self.objective.reduction) if self.beta else {}
