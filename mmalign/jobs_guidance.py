@@ -104,7 +104,7 @@ class Particles(Strategy):
     potential: Literal["difference", "max", "sum"] = Field(
         "max", description="fk: of the reward now and before, of the highest so far, of the sum so far"
     )
-    gamma: PositiveFloat = Field(0.1, description="smc: temperatures are (1 + gamma)^k - 1 after k steps, at most 1")
+    gamma: PositiveFloat = Field(0.1, description="smc: the temperature is (1 + gamma)^k - 1 after k steps, at most 1")
     gradient: bool = Field(
         False, description="smc: steps are pushed up the reward's gradient, and weights take it into account"
     )
@@ -135,7 +135,7 @@ class NoiseOptimisation(Strategy):
     lower: ClassVar[str | None] = "lr"
     kind: Literal["noise"] = "noise"
     method: Literal["reno", "doodl"] = Field(
-        "reno", description="reno: pulled to the length that noise has; doodl: put back to it, and the gradient scaled"
+        "reno", description="reno: pulled to the length that noise has; doodl: put back to the length that it had"
     )
     iterations: PositiveInt = Field(20, description="of ascent, each a whole trajectory forth and back")
     lr: PositiveFloat = Field(5.0, description="5 in ReNO's code for one-step models")

@@ -165,7 +165,8 @@ def test_particles_that_cannot_be_scored_are_not_continued() -> None:
 
 def test_temperatures_rise_to_one() -> None:
     found = clouds.temperatures(10, 0.1)
-    np.testing.assert_allclose(found[:3], [0.1, 0.21, 0.331], atol=1e-12)
+    np.testing.assert_allclose(found[:4], [0.0, 0.1, 0.21, 0.331], atol=1e-12)
+    assert len(found) == 11 and clouds.temperatures(3, 0.01)[-2:] == [pytest.approx(0.0201), 1.0]
     assert found == sorted(found) and found[-1] == 1.0 and max(clouds.temperatures(50, 0.1)) == 1.0
 
 
@@ -228,6 +229,34 @@ def test_gradients_push_all_particles_up(model: Any) -> None:
     pushed, _ = run(model, settings(method="smc", gradient=True, strength=300.0, threshold=0.0))
     left, _ = run(model, settings(method="smc", strength=300.0, threshold=0.0))
     assert np.mean([r["rewards"] for r in pushed.records]) > np.mean([r["rewards"] for r in left.records])
+
+
+def test_weighed_and_pushed_at_the_temperatures_of_the_paper(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At step k weighed at (1 + gamma)^k - 1; the step from there is pushed at that of k + 1 (DAS, equations 8, 14)."""
+    weighed: list[float] = []
+    pushes: list[Tensor] = []
+    tempered, correction = clouds.tempered, clouds.correction
+
+    def heard(cloud: Cloud, reward: Tensor, strength: float, temperature: float) -> Tensor:
+        weighed.append(temperature)
+        return tempered(cloud, reward, strength, temperature)
+
+    def pushed(moved: Tensor, mean: Tensor, std: Tensor, push: Tensor) -> Tensor:
+        pushes.append(push)
+        return correction(moved, mean, std, push)
+
+    monkeypatch.setattr(clouds, "tempered", heard)
+    monkeypatch.setattr(clouds, "correction", pushed)
+    found = []
+    for gamma in (0.2, 0.3):  # the first step's push grows with gamma, that of step 1; nothing else has changed by then
+        wanted = settings(method="smc", gradient=True, strength=1e-3, gamma=gamma, threshold=0.0)
+        pushes.clear()
+        _, denoising = run(model, wanted)
+        found.append(pushes[0].clone())
+    steps = denoising.steps
+    np.testing.assert_allclose(weighed[-steps:], [*(1.3**k - 1 for k in range(1, steps)), 1.0])
+    torch.testing.assert_close(found[1] * 0.2, found[0] * 0.3)
+    assert found[0].abs().max() > 0
 
 
 def test_when_it_looks() -> None:
