@@ -64,6 +64,7 @@ LAYERS: list[set[str]] = [
         "preference_row",
         "records",
         "evaluation",
+        "pixel_scores",
         "discovery",
         "results",
         "stats",
