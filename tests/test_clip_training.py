@@ -118,6 +118,33 @@ def test_a_group_gets_the_longest_length_that_all_of_its_clips_fill(wan: Path, t
     assert found["32x32x9"]["beta_per_element"] == pytest.approx(500 / (4 * 3 * 8 * 8))
 
 
+def test_beta_keeps_its_strength_per_element_over_lengths(wan: Path, tmp_path: Path) -> None:
+    """Scaled to each batch's latents it is what the beta of that length alone would be."""
+    table = pairs(tmp_path / "t", [(9, 9), (5, 5)])
+    small, large = 4 * 2 * 8 * 8, 4 * 3 * 8 * 8
+    told = {"data__frames": 9, "data__frame_buckets": [5], "loss__kind": "flow_dpo", "optim__batch_size": 1}
+    scaled = PreferenceTask(
+        config(tmp_path / "a", wan, table, **told, loss__beta=300.0, loss__beta_elements=small), CPU
+    )
+    found = {name: each for name, each in scaled.facts["buckets"].items()}
+    assert found["32x32x5"]["beta_per_element"] == found["32x32x9"]["beta_per_element"] == 300 / small
+    assert found["32x32x9"]["beta_per_sample"] == pytest.approx(300 * large / small)
+    for item, beta in ((0, 300 * large / small), (1, 300.0)):
+        fixed = PreferenceTask(config(tmp_path / "b", wan, table, **told, loss__beta=beta), CPU)
+        with torch.no_grad():
+            for task in (scaled, fixed):
+                for name, weight in task.adapter.denoiser.named_parameters():
+                    if "lora_B" in name:
+                        weight.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+            losses = [task.loss(task.load([(item, 0)]))[0].item() for task in (scaled, fixed)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] != pytest.approx(np.log(2), rel=1e-4)
+
+
+def test_beta_of_sums_is_per_element_already(wan: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reduction: sum it is per element already"):
+        config(tmp_path, wan, tmp_path, loss__beta_elements=10, loss__reduction="sum")
+
+
 def test_with_one_budget_for_clips_shorter_ones_are_larger(wan: Path, tmp_path: Path) -> None:
     adapter = base.load(config(tmp_path, wan, tmp_path).model)
     data = Data(resolution=32, frames=17, frame_buckets=(5,), bucket_budget="clip")

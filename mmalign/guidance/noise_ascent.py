@@ -70,7 +70,7 @@ def noise_ascent(denoising: Denoising, rewards: Rewards, settings: NoiseOptimisa
 def _climbed(
     denoising: Denoising, rewards: Rewards, settings: NoiseOptimisation, noise: Tensor, first: Tensor, last: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What is drawn from the noise, and the gradient of its objective; none for the last one, that is only looked at."""
+    """What is drawn from the noise, and the gradient of its objective; none for the last, that is only looked at."""
     if last:
         return denoising.plain(noise), None
     noise = noise.detach().requires_grad_(True)

@@ -55,20 +55,17 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
     """Judged pictures as an objective takes them, and the same sentence."""
     if data.shapes:
         wanted = data.shapes
-        axes: dict[str, Any] = {"axes": data.axes} if data.frames else {}
-        found = (clip_data.judged_clips if data.frames else judged_groups)(
-            wanted.scenes,
-            wanted.seed,
-            wanted.annotator,
-            votes=wanted.votes,
-            per_prompt=wanted.per_prompt,
-            held_out=wanted.held_out,
-            processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
+        told: dict[str, Any] = {
+            "votes": wanted.votes,
+            "per_prompt": wanted.per_prompt,
+            "held_out": wanted.held_out,
+            "processes": 1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
             **({"counts": wanted.counts} if wanted.counts else {}),
             **_clips(data),
-            **axes,
-        )
-        found = found[: data.limit]
+            **({"axes": data.axes, "dimensions": data.dimensions} if data.frames else {}),
+        }
+        draw = clip_data.judged_clips if data.frames else judged_groups
+        found = draw(wanted.scenes, wanted.seed, wanted.annotator, **told)[: data.limit]
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
     else:
         assert data.table is not None
