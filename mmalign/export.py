@@ -25,10 +25,28 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmalign import kohya
-from mmalign.models.base import EXPERT, pipeline_name
+from mmalign.models.base import EXPERT, modality_of_family, pipeline_name
 from mmalign.models.checkpoint import check_folder
 
-UNETS = ("sd", "sdxl")
+UNETS = ("sd", "sdxl", "animatediff")
+WITHOUT_COMFYUI = {
+    "animatediff": "ComfyUI has no motion modules of its own",
+    "cogvideox": "ComfyUI's LoRA loader has no names for it",
+    "cogvideox_i2v": "the same",
+    "hunyuan_video": "ComfyUI joins its projections into one, which LoRAs of each cannot be",
+}
+"""Families whose LoRA is not written for ComfyUI, and why."""
+
+_WAN = (
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0$", ".o"),
+    (r"\.to_([qkv])$", r".\1"),
+    (r"\.add_([kv])_proj$", r".\1_img"),
+    (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
+    (r"\.ffn\.net\.2$", ".ffn.2"),
+)
+"""Modules of a block of Wan in diffusers, and in ComfyUI's `comfy/ldm/wan/model.py`."""
 
 
 def export_lora(
@@ -56,11 +74,11 @@ def export_lora(
         adapter_state: as ``get_peft_model_state_dict(denoiser)`` gives it: ``<module>.lora_A.weight`` of shape [r, in]
             (or [r, in, k, k]) and ``<module>.lora_B.weight`` of shape [out, r] (or [out, r, 1, 1]).
         config: the adapter's ``LoraConfig``; ``r``, ``lora_alpha``, their patterns and ``use_rslora`` are read.
-        family: a name in ``mmalign.jobs.FAMILIES``; ``"sd"`` and ``"sdxl"`` have a UNet, the others a transformer.
+        family: a name in ``mmalign.jobs.FAMILIES``; those in `UNETS` have a UNet, the others a transformer.
         denoiser_config: the denoiser's ``config``; read for the block numbers of SDXL.
         output: folder to write into.
         name: file name, without suffix, of the ComfyUI file.
-        comfyui: write the ComfyUI file.
+        comfyui: write the ComfyUI file, unless the family is in `WITHOUT_COMFYUI`.
         expert: of two transformers the one that the LoRA is for. diffusers' keys are the same for both, and its
             loader's `load_into_transformer_2` says which is meant; so this goes into the file's header.
 
@@ -72,7 +90,7 @@ def export_lora(
     """
     pairs = kohya.pairs_of(adapter_state)
     scales = {module: kohya.alpha_of(module, down.shape[0], config) for module, (down, _) in pairs.items()}
-    unet = family in UNETS
+    unet, comfyui = family in UNETS, comfyui and family not in WITHOUT_COMFYUI
     prefix = "unet" if unet else "transformer"
     # The kohya names are made first: a module that has none fails before anything is written.
     named = {module: _comfyui_name(module, family, denoiser_config) for module in pairs} if comfyui else {}
@@ -119,8 +137,17 @@ def _save_peft(pairs: Mapping[str, tuple[Tensor, Tensor]], config: LoraConfig, f
 
 
 def _comfyui_name(module: str, family: str, denoiser_config: Mapping[str, Any]) -> str:
-    """Kohya's name for a UNet's module; for a transformer's the one of diffusers, which ComfyUI maps to its own."""
-    return kohya.kohya_name(module, family, denoiser_config) if family in UNETS else f"transformer.{module}"
+    """Kohya's name for a UNet's module; for a transformer's the one of diffusers, which ComfyUI maps to its own, or its
+    own where it does not.
+    """
+    if family in UNETS:
+        return kohya.kohya_name(module, family, denoiser_config)
+    family = family.removesuffix("_i2v")
+    if family not in ("ltx", "wan"):
+        return f"transformer.{module}"
+    for theirs, comfy in _WAN if family == "wan" else ():
+        module = re.sub(theirs, comfy, module)
+    return f"diffusion_model.{module}"
 
 
 def export_full(pipeline: Any, output: str | Path) -> Path:
@@ -198,12 +225,13 @@ def model_card(
     """
     hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) is not None and not Path(base_model).exists()
     shown = base_model if hub_name else Path(base_model).name
+    kind = f"text-to-{modality_of_family(family)}"
     header = ModelCardData(
         license=licence,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=kind,
         base_model=base_model if hub_name else None,
-        tags=["mmalign", "text-to-image", "diffusers", *(["lora"] if lora else [])],
+        tags=["mmalign", kind, "diffusers", *(["lora"] if lora else [])],
     )
     variant, expert = ((config.get("model") or {}).get(key) for key in ("variant", "expert"))
     sections = [
@@ -242,7 +270,11 @@ def _usage(
     elif lora:
         lines.insert(1, "from peft import PeftModel")
         lines.append('pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
-    return "\n".join([*lines, 'pipe("a prompt").images[0].save("image.png")'])
+    if modality_of_family(family) == "image":
+        return "\n".join([*lines, 'pipe("a prompt").images[0].save("image.png")'])
+    lines.insert(1, "from diffusers.utils import export_to_video, load_image")
+    told = 'load_image("first.png"), "a prompt"' if family.endswith("_i2v") else '"a prompt"'
+    return "\n".join([*lines, f'export_to_video(pipe({told}).frames[0], "clip.mp4")'])
 
 
 def _score_table(scores: Mapping[str, float | str | Mapping[str, float | str]]) -> str:

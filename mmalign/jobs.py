@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, Guards, Noise, Online, Probability, Reference, Timesteps
+from mmalign.jobs_guidance import Guidance
 from mmalign.jobs_reward import REWARD_FAMILIES, Reward
 from mmalign.jobs_reward import check as check_reward
 from mmalign.methods import LOSSES, Loss, Preference
@@ -29,6 +30,9 @@ FAMILIES = {
     "cogvideox": "CogVideoX 2B, 5B and 1.5 text-to-video: transformer over space and time, v prediction, T5",
     "hunyuan_video": "HunyuanVideo text-to-video: flow matching, LLaMA and CLIP, guidance as an input",
     "ltx": "LTX-Video text-to-video: flow matching, packed tokens, strongly compressing autoencoder, T5",
+    "wan_i2v": "Wan 2.1 image-to-video: told the first frame, in latents and by a vision tower",
+    "cogvideox_i2v": "CogVideoX image-to-video (5B, 1.5): told the first frame's latents",
+    "ltx_i2v": "LTX-Video image-to-video: the first frame stays as it is",
     "animatediff": "AnimateDiff: Stable Diffusion 1.x with motion modules, eps prediction, an autoencoder of pictures",
 }
 
@@ -37,8 +41,8 @@ FAMILIES = {
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Family = Literal[
     "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",
-    "ltx", "animatediff",
-    "open_clip", "image_reward", "qwen2_vl",
+    "ltx", "wan_i2v", "cogvideox_i2v", "ltx_i2v", "animatediff",
+    "open_clip", "image_reward", "qwen2_vl", "latent",
 ]  # fmt: skip
 
 
@@ -65,7 +69,8 @@ class Model(Strict):
         None, ge=0, description="told to guidance-distilled models (FLUX.1-dev) in training; default 1: the data's own"
     )
     expert: Literal["high", "low"] | None = Field(
-        None, description="of two transformers (Wan 2.2 A14B) the one for high or low noise: it is trained, or has the LoRA"
+        None,
+        description="of two transformers (Wan 2.2 A14B) the one for high or low noise: it is trained, or has the LoRA",
     )
     vae: Vae = Vae()
     components: dict[str, Path] = Field({}, description="replace single parts, e.g. {vae: path/to/vae}")
@@ -172,10 +177,11 @@ class Data(Strict):
             raise ValueError("give data.dimension or data.dimensions, not both")
         if self.axes and (self.dimension is not None or self.dimensions is not None):
             raise ValueError("give data.axes, or data.dimension or data.dimensions, not both")
-        if self.axes and (self.ties == "half" or self.pairing == "across" or self.shapes is not None):
+        pictures = self.shapes is not None and self.frames is None
+        if self.axes and (self.ties == "half" or self.pairing == "across" or pictures):
             raise ValueError(
                 "data.axes keeps the judgements of a table's row together; use ties: soft or drop, pairing: within, "
-                "and no shapes"
+                "and of the shapes world clips (data.frames)"
             )
         if self.dimensions is not None and (
             min(self.dimensions.values(), default=0) < 0 or not sum(self.dimensions.values())
@@ -305,8 +311,9 @@ class TrainConfig(Strict):
                 raise ValueError(f"task reward fits the families {', '.join(REWARD_FAMILIES)}, not {family}")
             if self.lora and self.lora.init:
                 raise ValueError("lora.init is for denoisers; to go on with a scorer, give its export as model.path")
-            if family == "qwen2_vl" and self.model.from_scratch:
-                raise ValueError("model.from_scratch: a VLM is not trained from nothing; drop it")
+            if family in ("qwen2_vl", "latent") and self.model.from_scratch:
+                what = "a VLM" if family == "qwen2_vl" else "what reads latents"
+                raise ValueError(f"model.from_scratch: {what} is not trained from nothing; drop it")
             check_reward(
                 self.reward, self.loss, self.data.axes, family, self.lora is not None, ties=self.data.ties,
                 across=self.data.pairing == "across",
@@ -380,7 +387,9 @@ class TrainConfig(Strict):
         if "text_encoder" in wanted and self.optim.train_text_encoder:
             raise ValueError("optim.offload: a text encoder that is trained stays on the device; drop one of the keys")
         if "reference" in wanted and self.optim.compile:
-            raise ValueError("optim.offload: a compiled reference stays on the device; drop reference, or optim.compile")
+            raise ValueError(
+                "optim.offload: a compiled reference stays on the device; drop reference, or optim.compile"
+            )
         if "reference" in wanted and (self.task == "sft" or self.reference.kind == "adapter_off"):
             raise ValueError("optim.offload: there is no second model as reference to put away; drop reference")
 
@@ -423,6 +432,7 @@ class Sampling(Strict):
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    provenance: bool = Field(True, description="keep prompt, seed, settings and hashes of the weights in each file")
 
     @model_validator(mode="after")
     def _guided(self) -> Self:
@@ -439,6 +449,16 @@ class SampleConfig(Sampling):
     )
     output: Path = Field(description="folder: images/ and table.jsonl")
     limit: PositiveInt | None = Field(None, description="use only the first prompts")
+    guidance: Guidance | None = Field(None, description="towards rewards (docs/guidance.md); null: plain sampling")
+
+    @model_validator(mode="after")
+    def _stepped(self) -> SampleConfig:
+        if self.guidance and self.scheduler.startswith("dpm++"):
+            raise ValueError(
+                f"guidance takes its own steps, which are those of ddim and euler; scheduler: {self.scheduler} has no "
+                "part in them, drop it"
+            )
+        return self
 
 
 class Scoring(Strict):

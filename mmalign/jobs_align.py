@@ -22,6 +22,16 @@ class EvaluatorSpec(Strict):
     params: dict[str, Any] = {}
 
 
+class RewardSpec(EvaluatorSpec):
+    """An evaluator that votes, by one of its scores; lower-is-better ones vote with their sign turned."""
+
+    subscore: str | None = Field(None, description="which of its scores, for evaluators that give several")
+    weight: float = Field(1.0, ge=0, description="of its vote; with 0 its score is kept in the table and does not vote")
+    column: str | None = Field(
+        None, description="its name in the table; default: as results call it, such as shapes_truth/fidelity"
+    )
+
+
 class Timesteps(Strict):
     """How the timesteps of training are drawn."""
 

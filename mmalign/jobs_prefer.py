@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from mmalign.config import Strict
 from mmalign.jobs import Sampling, Scoring
-from mmalign.jobs_align import EvaluatorSpec, Probability
+from mmalign.jobs_align import Probability, RewardSpec
 
 PHI = "phi"  # the dimension under which the ensemble's ranking stands in the table
 
@@ -48,16 +48,6 @@ class Relabel(Strict):
     format: str = Field("auto", description="see `mmalign list formats`")
     root: Path | None = Field(None, description="folder that relative media paths start from; default: the table's own")
     dimension: str | None = Field(None, description="which of its labels to compare with, where it holds several")
-
-
-class RewardSpec(EvaluatorSpec):
-    """An evaluator that votes, by one of its scores; lower-is-better ones vote with their sign turned."""
-
-    subscore: str | None = Field(None, description="which of its scores, for evaluators that give several")
-    weight: float = Field(1.0, ge=0, description="of its vote; with 0 its score is kept in the table and does not vote")
-    column: str | None = Field(
-        None, description="its name in the table; default: as results call it, such as shapes_truth/fidelity"
-    )
 
 
 class Ranking(Strict):

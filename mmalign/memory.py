@@ -396,7 +396,11 @@ def compare(config: TrainConfig, known: Work, before: int) -> dict[str, Any]:
     Args:
         before: what `runs.peak_memory` said before the run loaded anything; Python and its libraries, on a CPU.
     """
-    measured = {"peak": peak_memory(), "before": before, "kind": "allocated" if torch.cuda.is_available() else "resident"}
+    measured = {
+        "peak": peak_memory(),
+        "before": before,
+        "kind": "allocated" if torch.cuda.is_available() else "resident",
+    }
     try:
         found = estimate(config, known)
     except DataDependentOutputException as error:

@@ -107,6 +107,16 @@ class Process:
             return b * (clean - s * prediction) / a + r * prediction
         return (clean + (a * r - s * b) * prediction) / (a * b + s * r)
 
+    def diffused(self, noisy: Tensor, at: Tensor, to: Tensor, noise: Tensor) -> Tensor:
+        """A draw of q(x_to | x_at) for to > at: more of the process' own noise (2107.00630, appendix A).
+
+        x_to = (b / a) x_at + sqrt(r^2 - (b / a)^2 s^2) noise, with signals a, b and noises s, r at the two ends. What
+        was distributed as the process says at `at` is so at `to`.
+        """
+        (a, s), (b, r) = self.scales(at, noisy), self.scales(to, noisy)
+        spread = (r.square() - (b / a * s).square()).clamp(min=0).sqrt()
+        return b / a * noisy + spread * noise
+
     def ancestral_std(self, at: Tensor, to: Tensor, like: Tensor) -> Tensor:
         """Standard deviation of q(x_at | x_to, x_0), shaped to multiply `like` (2107.00630, appendix A; at < to)."""
         (a, s), (b, r) = self.scales(at, like), self.scales(to, like)

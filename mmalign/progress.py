@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 T = TypeVar("T")
-SHOWN = ("loss", "implicit_accuracy", "pairwise_accuracy", "retrieval_accuracy", "margin", "l2", "grad_norm")
+SHOWN = ("loss", "reward", "implicit_accuracy", "pairwise_accuracy", "retrieval_accuracy", "margin", "l2", "grad_norm")
 
 
 class Progress:
@@ -24,7 +24,8 @@ class Progress:
         self.title, self.total, self.seconds = title, total, seconds
         self._console = Console(stderr=True)
         self._quiet, self._first, self._said = quiet, time.monotonic(), time.monotonic()
-        self._start = self._done = done
+        self._start: float = done
+        self._done: float = done
         self._bar: Bar | None = None
         if self._console.is_terminal and not quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -43,8 +44,8 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
-        """Says how far it is; `values` are shown beside the bar."""
+    def update(self, done: float, values: Mapping[str, float] | None = None) -> None:
+        """Says how far it is, parts of an item counted; `values` are shown beside the bar."""
         self._done = done
         note = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if values and name in values)
         if self._bar:
@@ -53,7 +54,7 @@ class Progress:
             self._said = time.monotonic()
             rate = (done - self._start) / max(1e-9, self._said - self._first)
             left = (self.total - done) / rate if rate else float("inf")
-            print(f"{self.title}: {done}/{self.total}, {left:.0f} s left  {note}", file=sys.stderr, flush=True)
+            print(f"{self.title}: {done:g}/{self.total}, {left:.0f} s left  {note}", file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mmalign import labelling
-from mmalign.formats import Verdict
 from mmalign.jobs_prefer import PHI, Route
 from mmalign.media_table import portable, to_json
+from mmalign.preference_row import Verdict
 from mmalign.records import MediaRef, Record, Records, json_lines, missing_columns, read_records
 from mmalign.report_media import inline
 from mmalign.source import whole_file
@@ -58,7 +58,8 @@ def write_to_label(folder: Path, ranked: Sequence[Ranked], route: Route) -> int:
         with whole_file(folder / name) as temporary:
             temporary.write_bytes(rendered(rows))
     with whole_file(folder / "to_label.html") as temporary:
-        temporary.write_text(_page(rows, home, route.side), encoding="utf-8")
+        shown = {row["pair"]: [_ref(row[name], home) for name in ("a", "b")] for row in rows}
+        temporary.write_text(question_page(rows, shown, route.side), encoding="utf-8")
     return len(rows)
 
 
@@ -156,18 +157,30 @@ def _as_written(path: Path) -> list[dict[str, Any]]:
     return [{**values, "answer": "", "user_id": ""} for values in lines] if ours else []
 
 
-def _page(rows: Sequence[Mapping[str, Any]], home: str, side: int) -> str:
-    """The page that shows the pairs: pictures inside, one small script of its own, nothing fetched."""
+MERGE = "Then hand the downloaded file to `mmalign prefer merge`."
+
+
+def question_page(
+    rows: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[MediaRef]], side: int, then: str = MERGE
+) -> str:
+    """The page that shows pairs: pictures inside, one small script of its own, nothing fetched.
+
+    Args:
+        rows: with pair, prompt, a and b, which the downloaded answers repeat.
+        shown: the two pictures of each pair.
+        side: longest side of a picture, in pixels.
+        then: what to do with the answers.
+    """
     from jinja2 import Environment, StrictUndefined
 
     pairs = []
     for row in rows:
-        tiles = [inline(_ref(row[name], home), side) for name in ("a", "b")]
+        tiles = [inline(ref, side) for ref in shown[row["pair"]]]
         kept = {name: row[name] for name in ("pair", "prompt", "a", "b")}
         pairs.append({"prompt": row["prompt"], "tiles": tiles, "row": kept})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = files("mmalign").joinpath("to_label.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(pairs=pairs)
+    return environment.from_string(template).render(pairs=pairs, then=re.split("`", then))
 
 
 def _ref(value: Any, home: str) -> MediaRef:
@@ -230,6 +243,7 @@ def merge(
     asked = dimension or asked_about(rows, table)
     given, blank, repeated = _given(answers, user)
     pairs = _known_pairs(rows, home, {name for name, _ in given})
+    facts = _facts(rows)
     unknown = tuple(dict.fromkeys(name for name, _ in given if name not in pairs))
     known = {key: verdict for key, verdict in given.items() if key[0] in pairs}
     if not known:
@@ -241,7 +255,8 @@ def merge(
     new: list[PreferenceRow] = []
     for (name, who), verdict in known.items():
         prompt, a, b = pairs[name]
-        row = PreferenceRow(prompt, (a, b), label={asked: verdict}, user_id=who, source=HUMAN)
+        told: dict[str, Any] = {name: both for name, of in facts.items() if any(both := (of.get(a), of.get(b)))}
+        row = PreferenceRow(prompt, (a, b), label={asked: verdict}, user_id=who, source=HUMAN, **told)
         contrary = {_said(replace(row, label={asked: other}), asked) for other in get_args(Verdict) if other != verdict}
         if who is not None and contrary & held:
             where = table if contrary & before else "the answers, with A and B in each other's place"
@@ -258,6 +273,15 @@ def merge(
 
 
 _Pair = tuple[str, frozenset[MediaRef]]
+
+
+def _facts(rows: Sequence[PreferenceRow]) -> dict[str, dict[MediaRef, Any]]:
+    """What the table says of its media: rate, number of frames, model -> medium -> value."""
+    found: dict[str, dict[MediaRef, Any]] = {"fps": {}, "num_frames": {}, "models": {}}
+    for row in rows:
+        for name, known in found.items():
+            known.update(zip(row.media, getattr(row, name) or (), strict=False))
+    return found
 
 
 def _replace(
@@ -356,6 +380,11 @@ def _given(paths: Sequence[Path], user: str | None) -> tuple[dict[tuple[str, str
     return given, blank, repeated
 
 
+def answers_in(paths: Sequence[Path]) -> dict[tuple[str, str | None], Verdict]:
+    """(pair, person) -> answer, of files as `merge` takes them. ValueError for other answers, or two different ones."""
+    return _given(paths, None)[0]
+
+
 def _answer_records(path: Path) -> Records:
     return _spreadsheet(path) if path.suffix.lower() in (".csv", ".tsv") and path.is_file() else read_records(path)
 
@@ -401,6 +430,6 @@ def _verdict(record: Record) -> Verdict | None:
 
 
 __all__ = [
-    "HUMAN", "Merged", "asked_about", "merge", "of_rewards", "pair_name", "refuse_overwriting", "table_files",
-    "write_to_label",
+    "HUMAN", "Merged", "answers_in", "asked_about", "merge", "of_rewards", "pair_name", "question_page",
+    "refuse_overwriting", "table_files", "write_to_label",
 ]  # fmt: skip

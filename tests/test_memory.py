@@ -263,8 +263,6 @@ def test_a_run_writes_estimated_beside_measured(tmp_path: Path, folders: Callabl
 
 
 def test_other_tasks_are_refused(tmp_path: Path, folders: Callable[[str], Path]) -> None:
-    wanted = settings(
-        tmp_path, folders("sd"), "sd", task="autoencoder", loss={"kind": "reconstruction"}, lora=None
-    )
+    wanted = settings(tmp_path, folders("sd"), "sd", task="autoencoder", loss={"kind": "reconstruction"}, lora=None)
     with pytest.raises(ValueError, match="preference and sft"):
         memory.estimate(wanted)

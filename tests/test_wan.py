@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from wan_kit import clip_pairs, tiny_a14b, tiny_ti2v
 from diffusers import WanPipeline
 from scipy.stats import kstest, norm
 from training_kit import config
+from wan_kit import clip_pairs, tiny_a14b, tiny_ti2v
 
 from mmalign import sample, train
 from mmalign.jobs import Model, SampleConfig
@@ -75,7 +75,9 @@ def test_each_time_is_asked_of_the_transformer_that_the_pipeline_asks(a14b: Path
         with torch.no_grad():
             ours = adapter.predict(call["hidden_states"], t, condition)
         torch.testing.assert_close(ours, call["output"], rtol=0, atol=1e-5)
-    assert min(float(c["timestep"].min()) for c in high) >= 1000 * BOUNDARY > max(float(c["timestep"].max()) for c in low)
+    assert (
+        min(float(c["timestep"].min()) for c in high) >= 1000 * BOUNDARY > max(float(c["timestep"].max()) for c in low)
+    )
 
 
 def test_rows_of_both_parts_of_the_schedule_can_share_a_batch(a14b: Path) -> None:

@@ -53,4 +53,3 @@ def clip_pairs(folder: Path, pairs: int = 2, frames: int = 9, side: int = 32) ->
         rows.append(PreferenceRow(f"a red circle, clip {i}", media, label={"overall": "A"}))
     write_preferences(folder / "pairs.jsonl", rows)
     return folder / "pairs.jsonl"
-

@@ -28,6 +28,7 @@ class Job(StrEnum):
     score = "score"
     prefer = "prefer"
     bench = "bench"
+    optimise = "optimise-prompt"
 
     @property
     def command(self) -> str:
@@ -48,10 +49,11 @@ def register(app: typer.Typer) -> None:
 
 def schema_of(job: Job) -> Any:
     """The root schema of a job's config."""
-    from mmalign import jobs, jobs_bench, jobs_prefer
+    from mmalign import jobs, jobs_bench, jobs_prefer, jobs_prompts
 
     schemas = {Job.train: jobs.TrainConfig, Job.sample: jobs.SampleConfig, Job.score: jobs.ScoreConfig}
-    return (schemas | {Job.prefer: jobs_prefer.PreferConfig, Job.bench: jobs_bench.BenchConfig})[job]
+    schemas |= {Job.prefer: jobs_prefer.PreferConfig, Job.bench: jobs_bench.BenchConfig}
+    return (schemas | {Job.optimise: jobs_prompts.PromptsConfig})[job]
 
 
 def job_of(document: Document) -> Job | None:

@@ -1,4 +1,4 @@
-"""The verbs that do the work: quickstart, train, sample, score."""
+"""The verbs that do the work: quickstart, train, sample, optimise-prompt, score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIGS = {".yaml", ".yml"}
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (quickstart, train, sample, score):
+    for verb in (quickstart, train, sample, optimise_prompt, score):
         app.command(rich_help_panel="Jobs")(verb)
 
 
@@ -109,6 +109,29 @@ def sample(config: Config, overrides: Overrides = None) -> None:
     from mmalign.sample import run
 
     typer.echo(f"media table: {run(settings)}")
+
+
+def optimise_prompt(
+    config: Config,
+    overrides: Overrides = None,
+    answers: Annotated[
+        list[Path] | None, typer.Option("--answers", help="File of people's answers (JSONL or CSV); repeatable.")
+    ] = None,
+) -> None:
+    """Find the prompt that draws what is wished, by comparing two at a time; a person or evaluators judge.
+
+    Run the same command again to go on: after a stop, when people have answered, or with more comparisons.
+
+    [bold]Examples[/bold]
+
+        mmalign optimise-prompt configs/prompts/shapes.yaml
+
+        mmalign optimise-prompt configs/prompts/shapes.yaml --set judge.kind=person --answers answers-anna.jsonl
+    """
+    settings = load_job(config, overrides, Job.optimise)
+    from mmalign.optimise_prompt import run
+
+    typer.echo(f"prompts by what is believed of them: {run(settings, answers or ())}")
 
 
 def score(

@@ -7,8 +7,9 @@ AutoencoderKL, how a folder is loaded) stands here, so that a family is its diff
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -35,13 +36,16 @@ class Adapter(ABC):
     family: str
     pipeline_class: Any
     modality: Literal["image", "video"] = "image"  # what the pipeline draws; latents of clips have an axis of frames
+    of_image: bool = False  # whether clips go on from a picture: the denoiser is told the first frame
     denoiser_name: str = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     unused: tuple[str, ...] = ()  # parts of the pipeline that are left out on loading
     may_lack: tuple[str, ...] = ()  # parts that a checkpoint may come without
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     flow_schedulers: tuple[str, ...] = ("euler", "dpm++")  # of a flow: what its pipeline's call can be sampled with
+    even_sigmas: bool = False  # of a flow: its pipeline hands the scheduler 1, ..., 1/N before the shift
     schedulers: Mapping[str, tuple[str, dict[str, Any]]] | None = None  # class and settings, where they are its own
+    noise_dtype: torch.dtype | None = None  # in which the pipeline draws initial noise; None: in the denoiser's
     guides_in_one_call: bool = True  # whether the pipeline asks for both branches of guidance in one batch
     fixed_arguments: Mapping[str, Any] = {}  # of the pipeline's call: captions and sizes are to be as they are given
     no_negative: str | None = None  # what the pipeline's call takes where there is no negative prompt
@@ -172,6 +176,26 @@ class Adapter(ABC):
         negative = negative_prompts or self.no_negative
         return {"guidance_scale": guidance_scale, "negative_prompt": negative, **length, **self.fixed_arguments}
 
+    def guiding(self, guidance_scale: float, negative: bool) -> tuple[float | None, float]:
+        """What `call_arguments` come to: the guidance that the denoiser is told, and that of classifier-free guidance.
+
+        The first is None for denoisers that are told none, the second 1 where the unconditional branch is left out.
+        """
+        return None, guidance_scale if guidance_scale > 1 else 1.0
+
+    def guided(self, towards: Tensor, away: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (2207.12598) of two predictions, shaped as latents [B, C, ...]."""
+        return away + scale * (towards - away)
+
+    @contextmanager
+    def told(self, guidance: float | None) -> Iterator[None]:
+        """Inside, `predict` tells a guidance-distilled denoiser this guidance."""
+        before, self.guidance = self.guidance, guidance
+        try:
+            yield
+        finally:
+            self.guidance = before
+
     @torch.no_grad()
     def draw(
         self, prompts: list[str], generators: list[torch.Generator], *, guidance_scale: float,
@@ -185,7 +209,7 @@ class Adapter(ABC):
             options: further arguments of the pipeline's call (num_inference_steps, height, width, num_frames).
         """
         told = self.call_arguments(guidance_scale, negative_prompts, len(prompts))
-        return self.drawn(self.pipeline()(prompts, generator=generators, output_type="np", **told, **options))
+        return self.drawn(self.pipeline()(prompt=prompts, generator=generators, output_type="np", **told, **options))
 
     def drawn(self, output: Any) -> np.ndarray:
         """The pictures in what the pipeline's call returned."""
@@ -197,6 +221,10 @@ class Adapter(ABC):
     @abstractmethod
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
         """The condition of B prompts, as the family's pipeline encodes them. A row never depends on its neighbours."""
+
+    def encode_negative(self, prompts: list[str]) -> Condition:
+        """The condition of B prompts to be guided away from, as the family's pipeline encodes them."""
+        return self.encode_prompt(prompts)
 
     def add_size(self, condition: Condition, sizes: Tensor) -> Condition:
         """The condition with what the family needs to know of picture sizes and crops.
@@ -239,6 +267,21 @@ class Adapter(ABC):
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """Shape of one sample's latents for a picture of this size in pixels, or for a clip of so many frames."""
         return self.vae.config.latent_channels, height // self.vae_factor, width // self.vae_factor
+
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the pipeline's call has without either."""
+        call = inspect.signature(self.pipeline_class.__call__).parameters
+        if call["height"].default is not None:
+            return call["height"].default, call["width"].default
+        side = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.vae_factor, width * self.vae_factor
+
+    def draw_noise(self, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+        """Unit noise [B, *shape], float32, as the pipeline draws it from a CPU generator for each sample."""
+        dtype = self.noise_dtype or next(self.denoiser.parameters()).dtype
+        drawn = [torch.randn((1, *shape), generator=each, dtype=dtype) for each in generators]
+        return torch.cat(drawn).to(self.device, torch.float32)
 
     @torch.no_grad()
     def encode_media(self, pixels: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ class AnimateDiff(VideoAdapter):
     def encode_media(self, pixels: Tensor) -> Tensor:
         pictures = pixels.transpose(1, 2).flatten(0, 1)
         with exact(self.device):
-            found = [self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist for part in pictures.split(_CHUNK)]
+            found = [
+                self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist for part in pictures.split(_CHUNK)
+            ]
         mean, std = (torch.cat(parts).float() for parts in ([p.mean for p in found], [p.std for p in found]))
         return torch.stack([self._clips(value, len(pixels)) for value in self.scaled(mean, std)], dim=1)
 

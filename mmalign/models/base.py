@@ -33,9 +33,12 @@ _CLASSES = {
     "SanaPipeline": ("sana", "mmalign.models.sana:Sana"),
     "QwenImagePipeline": ("qwen_image", "mmalign.models.qwen_image:QwenImage"),
     "WanPipeline": ("wan", "mmalign.models.wan:Wan"),
+    "WanImageToVideoPipeline": ("wan_i2v", "mmalign.models.image_to_video:WanImage"),
     "CogVideoXPipeline": ("cogvideox", "mmalign.models.cogvideox:CogVideoX"),
+    "CogVideoXImageToVideoPipeline": ("cogvideox_i2v", "mmalign.models.image_to_video:CogVideoXImage"),
     "HunyuanVideoPipeline": ("hunyuan_video", "mmalign.models.hunyuan_video:HunyuanVideo"),
     "LTXPipeline": ("ltx", "mmalign.models.ltx:LTXVideo"),
+    "LTXImageToVideoPipeline": ("ltx_i2v", "mmalign.models.image_to_video:LTXVideoImage"),
     "AnimateDiffPipeline": ("animatediff", "mmalign.models.animatediff:AnimateDiff"),
 }
 
@@ -59,13 +62,28 @@ def family_of(path: Path) -> str:
 
 def modality_of(config: Model) -> str:
     """What a checkpoint draws, image or video, before it is loaded. ValueError as `family_of`."""
-    return str(adapter_class(find(config.path)).modality)
+    return modality_of_family(family_of(find(config.path)))
 
 
-def adapter_class(path: Path) -> Any:
+def modality_of_family(family: str) -> str:
+    """What a family of generators draws: image or video."""
+    return _class(family).modality
+
+
+def goes_on_from_image(config: Model) -> bool:
+    """Whether a checkpoint draws clips that go on from a picture. ValueError as `family_of`."""
+    return adapter_class(find(config.path)).of_image
+
+
+def adapter_class(path: Path) -> type[Adapter]:
     """The class of the adapter of a checkpoint folder. ValueError as `family_of`."""
-    module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(path)].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return _class(family_of(path))
+
+
+def _class(family: str) -> type[Adapter]:
+    module, _, name = {key: where for key, where in _CLASSES.values()}[family].partition(":")
+    found: type[Adapter] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def pipeline_name(family: str) -> str:
@@ -153,7 +171,9 @@ def _check_expert(adapter: Adapter, file: Path) -> None:
     wanted = adapter.config.expert
     both = getattr(adapter.pipe, "transformer_2", None) is not None
     if both and wanted is None:
-        raise ValueError(f"model.lora: {file} is for one of two transformers; set model.expert: {told or 'high or low'}")
+        raise ValueError(
+            f"model.lora: {file} is for one of two transformers; set model.expert: {told or 'high or low'}"
+        )
     if told and wanted and told != wanted:
         raise ValueError(f"model.lora: {file} is for the transformer of {told} noise; set model.expert: {told}")
 

@@ -22,6 +22,7 @@ class Flux(Adapter):
     """
 
     family = "flux"
+    even_sigmas = True
     guides_in_one_call = False
     pipeline_class: Any = FluxPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
@@ -51,6 +52,11 @@ class Flux(Adapter):
             return arguments
         embedded = {} if self.guidance is None else {"guidance_scale": self.guidance}
         return {**arguments, "true_cfg_scale": guidance_scale, **embedded}
+
+    def guiding(self, guidance_scale: float, negative: bool) -> tuple[float | None, float]:
+        if not negative:
+            return None if self.guidance is None else guidance_scale, 1.0
+        return self.guidance, super().guiding(guidance_scale, negative)[1]
 
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
         """encoder_hidden_states [B, L, D] of T5, padding included, and CLIP's pooled_projections [B, P]."""

@@ -29,11 +29,13 @@ class HunyuanVideo(VideoAdapter):
 
     family = "hunyuan_video"
     pipeline_class: Any = HunyuanVideoPipeline
+    noise_dtype = torch.float32
+    even_sigmas = True
     guides_in_one_call = False
     text_encoders = ("text_encoder", "text_encoder_2")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     flow_schedulers = ("euler",)  # the pipeline hands over its own sigmas
-    fps = 15.0
+    fps = 24.0
     frames = 129
     max_sequence_length = 256
 
@@ -75,6 +77,11 @@ class HunyuanVideo(VideoAdapter):
             return arguments
         embedded = {} if self.guidance is None else {"guidance_scale": self.guidance}
         return {**arguments, "true_cfg_scale": guidance_scale, **embedded}
+
+    def guiding(self, guidance_scale: float, negative: bool) -> tuple[float | None, float]:
+        if self.guidance is not None and not negative:
+            return guidance_scale, 1.0
+        return self.guidance, super().guiding(guidance_scale, negative)[1]
 
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
         """encoder_hidden_states [B, L, D] of the language model with encoder_attention_mask [B, L] (int64), and CLIP's

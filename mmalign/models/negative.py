@@ -28,7 +28,7 @@ def guide_away(adapter: Adapter, path: Path, weight: float) -> None:
     if not adapter.guides_in_one_call:
         raise ValueError(
             f"negative_lora: the pipeline of {adapter.family} asks for both branches in separate calls; it works for "
-            "sd, sdxl, sd3, pixart and sana"
+            "sd, sdxl, sd3, pixart, sana, cogvideox, ltx and animatediff"
         )
     file = lora_file(path, "negative_lora")
     denoiser = adapter.denoiser
@@ -49,8 +49,10 @@ def guide_away(adapter: Adapter, path: Path, weight: float) -> None:
         total = len(latents)
         if total % 2:
             raise ValueError("negative_lora needs classifier-free guidance; set guidance_scale above 1")
-        away = negative(*_half(args, total, 0), **_half(kwargs, total, 0))
-        towards = plain(*_half(args, total, 1), **_half(kwargs, total, 1))
+        # AnimateDiff's UNet is told the text once for each frame.
+        rows = {total, total * latents.shape[2]} if prefix == "unet" and latents.ndim == 5 else {total}
+        away = negative(*_half(args, rows, 0), **_half(kwargs, rows, 0))
+        towards = plain(*_half(args, rows, 1), **_half(kwargs, rows, 1))
         if isinstance(away, tuple):
             return (torch.cat([away[0], towards[0]]), *towards[1:])
         towards.sample = torch.cat([away.sample, towards.sample])
@@ -59,12 +61,12 @@ def guide_away(adapter: Adapter, path: Path, weight: float) -> None:
     denoiser.forward = forward
 
 
-def _half(value: Any, total: int, which: int) -> Any:
-    """The first or second half of every tensor that has a row for each of the `total` latents."""
+def _half(value: Any, rows: set[int], which: int) -> Any:
+    """The first or second half of every tensor that has as many rows as both branches have."""
     if isinstance(value, Tensor):
-        return value.chunk(2)[which] if value.ndim and len(value) == total else value
+        return value.chunk(2)[which] if value.ndim and len(value) in rows else value
     if isinstance(value, dict):
-        return {name: _half(item, total, which) for name, item in value.items()}
+        return {name: _half(item, rows, which) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_half(item, total, which) for item in value)
+        return type(value)(_half(item, rows, which) for item in value)
     return value

@@ -22,6 +22,7 @@ class QwenImage(Adapter):
     """
 
     family = "qwen_image"
+    even_sigmas = True
     guides_in_one_call = False
     pipeline_class: Any = QwenImagePipeline
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -45,6 +46,12 @@ class QwenImage(Adapter):
         """The pipeline guides only where it is given negative prompts; by default they are empty, as in training."""
         guided = {"negative_prompt": negative_prompts or [""] * count} if guidance_scale > 1 else {}
         return {"true_cfg_scale": guidance_scale, "max_sequence_length": self.text_length, **guided}
+
+    def guided(self, towards: Tensor, away: Tensor, scale: float) -> Tensor:
+        """As in other families, each token then as long as the conditional one, as in the pipeline."""
+        tokens = pack(super().guided(towards, away, scale))
+        lengths = pack(towards).norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)
+        return unpack(tokens * lengths, tuple(towards.shape))
 
     # ------------------------------------------------------------------------------------------------ prompts
 

@@ -15,7 +15,6 @@ from mmalign.jobs import Model
 from mmalign.models import base
 from mmalign.models.adapter import Adapter, load_part
 from mmalign.models.checkpoint import index_parts, part_class
-from mmalign.paths import find
 
 
 def skeleton(config: Model, *, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None) -> Adapter:

@@ -28,6 +28,7 @@ class Wan(VideoAdapter):
 
     family = "wan"
     pipeline_class: Any = WanPipeline
+    noise_dtype = torch.float32
     guides_in_one_call = False
     fps = 16.0
     frames = 81
@@ -91,7 +92,8 @@ class Wan(VideoAdapter):
         for rows, model in ((high, self.pipe.transformer), (~high, self.pipe.transformer_2)):
             own = {name: value[rows] for name, value in condition.items()}
             found = found.masked_scatter(
-                rows.view(-1, *[1] * (noisy.ndim - 1)), self._velocity(model, noisy[rows], timestep[rows], own).to(found)
+                rows.view(-1, *[1] * (noisy.ndim - 1)),
+                self._velocity(model, noisy[rows], timestep[rows], own).to(found),
             )
         return found
 

@@ -34,6 +34,7 @@ class Annotator:
     """One annotator.
 
     `tastes`: weight of each feature, not negative, sum 1; a feature that is left out has no weight.
+    `features`: what there are tastes for.
     `dislikes`: features of which less is better: one minus their value is weighed.
     `temperature`: scale of the logistic error, in units of utility (which lies in [0, 1]).
     `tie_margin`: noisy differences smaller than this are answered with "same".
@@ -46,12 +47,13 @@ class Annotator:
     tie_margin: float = 0.02
     user_id: str = ""
     dislikes: frozenset[str] = frozenset()
+    features: tuple[str, ...] = FEATURES
 
     def __post_init__(self) -> None:
-        unknown = sorted((set(self.tastes) | self.dislikes) - set(FEATURES))
+        unknown = sorted((set(self.tastes) | self.dislikes) - set(self.features))
         if unknown:
             raise ValueError(
-                f"annotator {self.name!r} has a taste for {', '.join(unknown)}; known: {', '.join(FEATURES)}."
+                f"annotator {self.name!r} has a taste for {', '.join(unknown)}; known: {', '.join(self.features)}."
             )
         if min(self.tastes.values(), default=-1.0) < 0 or abs(sum(self.tastes.values()) - 1) > 1e-6:
             raise ValueError(f"the tastes of annotator {self.name!r} must not be negative and must add up to 1.")

@@ -19,6 +19,7 @@ RADII = (8.0, (15.0, 13.0))  # the least, and the largest in clips of one and of
 SPEED_RANGE = (6.0, 28.0)
 SLOW, QUICK = 12.0, 16.0  # a slow shape does at most SLOW, a quick one at least QUICK
 HEADINGS = {None: (0.0, 0.0), "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+LONGEST = 2.0  # seconds; in more a quick shape runs out of the frame
 APART = 2.0  # least gap between bounding boxes
 MARGIN = 1.0  # least gap between a bounding box and the frame
 _ROOM = 1.0  # units per second between a word's limit and what is drawn for it, so that a reader can tell
@@ -51,6 +52,16 @@ def render_clip(scene: MovingScene, frames: int = FRAMES, fps: float = FPS, side
     return np.stack([render(scene.at(k / fps), side) for k in range(frames)])
 
 
+def has_room(caption: MotionCaption, seconds: float) -> bool:
+    """Whether `sample_moving` finds a scene for a clip that long: up to 1 second always, up to LONGEST mostly.
+
+    Two large shapes that cross quickly are soon in each other's way, wherever they begin.
+    """
+    crossing = {mover.direction in ("left", "right") for mover in caption.movers} == {True, False}
+    crowded = crossing and all(mover.item.size == "large" and mover.speed == "quickly" for mover in caption.movers)
+    return seconds <= (1.0 if crowded else LONGEST)
+
+
 def sample_moving(
     caption: MotionCaption, rng: np.random.Generator, *, frames: int = FRAMES, fps: float = FPS
 ) -> MovingScene:
@@ -61,7 +72,7 @@ def sample_moving(
     are in each other's way, draw after draw, they are drawn smaller, slower and nearer to the edges.
 
     Raises:
-        ValueError: a clip that long has no room for the caption; a second has room for every caption of the grammar.
+        ValueError: a clip that long has no room for the caption; see `has_room`.
     """
     seconds = (frames - 1) / fps
     for turn in range(_ROUNDS):
@@ -113,7 +124,8 @@ def _places(moving: Moving, seconds: float, count: int, ease: float, rng: np.ran
     way = seconds * np.array([moving.vx, moving.vy])
     edge = moving.shape.radius + MARGIN
     low, high = edge - np.minimum(way, 0), SIDE - edge - np.maximum(way, 0)
-    shares = rng.beta(*[1 - 0.7 * ease] * 2, (count, 2))
+    spread = 1 - 0.7 * ease  # 1: uniform; less: towards both ends
+    shares = rng.beta(spread, spread, (count, 2))
     return low + shares * np.maximum(high - low, 0)
 
 

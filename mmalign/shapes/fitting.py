@@ -1,4 +1,7 @@
-"""Fits the shapes that `scene.render` can draw to a piece of an image: kind, centre, radius and colour."""
+"""Fits the shapes that `scene.render` can draw to a piece of an image: kind, centre, radius and colour.
+
+Images are [side, side], side being at most 64, and places are in their own pixels.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from mmalign.shapes.scene import CROSS_ARM, SIDE, signed_distance
 MIN_MATCH = 0.78  # intersection over union under which a piece is no circle, square, triangle or cross
 SPLIT_MATCH = 0.85  # a piece that fits worse than this may be two shapes that touch
 
-GRID = np.arange(SIDE) + 0.5
 _AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "cross": 8 * CROSS_ARM - 4 * CROSS_ARM**2}  # over radius ** 2
 _STEP = 0.25  # of the finite differences, pixels
 _NUDGES = np.vstack([np.zeros(3), _STEP * np.eye(3)])
@@ -22,7 +24,7 @@ _NUDGES = np.vstack([np.zeros(3), _STEP * np.eye(3)])
 @dataclass(frozen=True)
 class Fit:
     kind: str
-    place: np.ndarray  # x, y, radius
+    place: np.ndarray  # x, y, radius, in pixels
     offset: np.ndarray  # colour minus background
     match: float  # intersection over union of the drawn and the seen outline
 
@@ -46,7 +48,7 @@ def _split(piece: np.ndarray) -> list[np.ndarray]:
     core = piece
     while core.any():
         core = eroded(core)
-        seeds = components(core, least=6)
+        seeds = components(core, least=6 * (len(piece) / SIDE) ** 2)
         if len(seeds) > 1:
             break
     else:
@@ -71,7 +73,8 @@ def _fit(piece: np.ndarray, others: list[np.ndarray], offset: np.ndarray) -> Fit
     for other in others:
         known &= ~dilated(other) | piece
     inside, known, local = piece[window], known[window], offset[window]
-    xs, ys = GRID[window[1]], GRID[window[0]]
+    grid = np.arange(len(piece)) + 0.5
+    xs, ys = grid[window[1]], grid[window[0]]
     core = eroded(inside)
     colour = np.median(local[core if core.sum() >= 5 else inside], axis=0)
 
@@ -79,8 +82,8 @@ def _fit(piece: np.ndarray, others: list[np.ndarray], offset: np.ndarray) -> Fit
     nearby = dilated(dilated(inside)) & known
     starts = {kind: _start(kind, np.clip(share, 0, 1) * nearby, xs, ys) for kind in KINDS}
     fits = {kind: _refine(kind, starts[kind], share, known, xs, ys, rounds=1) for kind in KINDS}
-    best = min(residual for _, residual in fits.values())
-    close = {kind: place for kind, (place, residual) in fits.items() if residual <= 3.0 * best + 10.0}
+    best, slack = min(residual for _, residual in fits.values()), 10.0 * (len(piece) / SIDE) ** 2
+    close = {kind: place for kind, (place, residual) in fits.items() if residual <= 3.0 * best + slack}
     refined = {kind: _refine(kind, place, share, known, xs, ys, rounds=4) for kind, place in close.items()}
     kind = min(refined, key=lambda kind: refined[kind][1])
 
@@ -110,7 +113,7 @@ def _start(kind: str, share: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> np.n
 
 def cover_of(kind: str, places: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
     """`scene.render`'s share of a shape in each pixel, [..., height, width] for places [..., 3]."""
-    x, y, radius = np.moveaxis(places, -1, 0)[..., None, None]
+    x, y, radius = (places[..., i, None, None] for i in range(3))
     distance = signed_distance(kind, xs[None, :] - x, ys[:, None] - y, radius)
     return np.minimum(np.maximum(0.5 - distance, 0.0), 1.0)
 

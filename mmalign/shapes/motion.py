@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,8 +71,11 @@ def sample_motion(rng: np.random.Generator, *, counts: tuple[float, ...] = COUNT
     return MotionCaption(tuple(movers), background)
 
 
-def motions(count: int, seed: int, *, held_out: bool, counts: tuple[float, ...] = COUNT_WEIGHTS) -> list[MotionCaption]:
-    """`count` captions from the training part of the grammar, or from its held-out part.
+def motions(
+    count: int, seed: int, *, held_out: bool, counts: tuple[float, ...] = COUNT_WEIGHTS,
+    where: Callable[[MotionCaption], bool] = lambda caption: True,
+) -> list[MotionCaption]:  # fmt: skip
+    """`count` captions from the training part of the grammar, or from its held-out part; those for which `where` is so.
 
     Raises:
         ValueError: `counts` are not the probabilities of one and of two shapes.
@@ -82,7 +86,7 @@ def motions(count: int, seed: int, *, held_out: bool, counts: tuple[float, ...] 
     found: list[MotionCaption] = []
     while len(found) < count:
         caption = sample_motion(rng, counts=counts)
-        if caption.held_out == held_out:
+        if caption.held_out == held_out and where(caption):
             found.append(caption)
     return found
 

@@ -8,28 +8,32 @@ import numpy as np
 
 from mmalign.shapes.scene import HUES, SIDE
 
-MIN_AREA = 24  # pixels; smaller pieces are specks (the smallest shape that is ever drawn has 72)
+MIN_AREA = 24  # pixels of 64x64; smaller pieces are specks (the smallest shape that is ever drawn has 72)
+MIN_PIXELS = 12  # in smaller images noise makes larger specks
 CONTRAST = 0.16  # smallest RGB distance to the background that can be a part of a shape
 SAME_HUE = 25.0  # degrees; two neighbours among the colours are 44 or more apart
 MIN_CHROMA = 0.2  # paler pixels have no say about the hue
 
 COLOURS = tuple(HUES)
-_FLAT = np.arange(SIDE * SIDE).reshape(SIDE, SIDE)
 
 
 def cut(offset: np.ndarray, contrast: np.ndarray, pixels: np.ndarray) -> list[np.ndarray]:
-    """Boolean masks [64, 64] of the connected pieces that are large enough to be objects, each of one hue."""
+    """Boolean masks of the connected pieces that are large enough to be objects, each of one hue.
+
+    Shapes of the arguments: [side, side, 3], [side, side] and [side, side, 3], side being at most 64.
+    """
+    least = max(MIN_AREA * (len(pixels) / SIDE) ** 2, MIN_PIXELS)
     # Half of the strongest contrast nearby: the outline stays where it is drawn, on any background and when blurred.
     foreground = contrast > np.maximum(CONTRAST, 0.5 * _spread_max(contrast, 2))
     found = []
-    for piece in components(foreground):
-        found += _by_hue(piece, pixels)
+    for piece in components(foreground, least):
+        found += _by_hue(piece, pixels, least)
     return found
 
 
-def components(classes: np.ndarray, least: int = MIN_AREA) -> list[np.ndarray]:
-    """Masks of the 4-connected regions of equal non-zero class, [64, 64], that have at least `least` pixels."""
-    labels = np.where(classes > 0, _FLAT, -1)
+def components(classes: np.ndarray, least: float) -> list[np.ndarray]:
+    """Masks of the 4-connected regions of equal non-zero class, [side, side], that have at least `least` pixels."""
+    labels = np.where(classes > 0, np.arange(classes.size).reshape(classes.shape), -1)
     across = (classes[:, 1:] == classes[:, :-1]) & (classes[:, 1:] > 0)
     down = (classes[1:] == classes[:-1]) & (classes[1:] > 0)
     while True:  # every region takes its smallest flat index; looking labels up by label makes the paths short
@@ -44,14 +48,14 @@ def components(classes: np.ndarray, least: int = MIN_AREA) -> list[np.ndarray]:
     return [labels == label for label in np.flatnonzero(sizes >= least)]
 
 
-def _by_hue(piece: np.ndarray, pixels: np.ndarray) -> list[np.ndarray]:
+def _by_hue(piece: np.ndarray, pixels: np.ndarray, least: float) -> list[np.ndarray]:
     """Cuts a piece where shapes of different colours touch."""
     values = pixels[piece]
     chroma = np.ptp(values, axis=-1)
     angles = _angle(values)
     classes = _nearest(angles)
     votes = np.bincount(classes[chroma > MIN_CHROMA], minlength=len(_ANGLES))
-    if np.sort(votes)[-2] < MIN_AREA:
+    if np.sort(votes)[-2] < least:
         return [piece]
     # One shape whose hue lies between two of ours is one shape: classes of nearly the same mean are one.
     means: dict[int, float] = {}
@@ -63,10 +67,10 @@ def _by_hue(piece: np.ndarray, pixels: np.ndarray) -> list[np.ndarray]:
         else:
             means[one] = mean
     # A pixel takes the class that most of its neighbours have, so that noise and blended outlines make no pieces.
-    ballots = np.zeros((SIDE, SIDE, len(_ANGLES)))
+    ballots = np.zeros((*piece.shape, len(_ANGLES)))
     ballots[piece] = np.eye(len(_ANGLES))[classes] * chroma[:, None]
     majority = np.where(piece, 1 + _box_sum(ballots).argmax(-1), 0)
-    return [part for part in components(majority) if eroded(part).sum() >= MIN_AREA / 4]
+    return [part for part in components(majority, least) if eroded(part).sum() >= least / 4]
 
 
 def nearest_colour(rgb: np.ndarray) -> str:
@@ -91,14 +95,14 @@ def _nearest(angles: np.ndarray) -> np.ndarray:
 def _spread_max(field: np.ndarray, reach: int) -> np.ndarray:
     """The maximum over a square of 2 * reach + 1 pixels, for a field that is nowhere negative."""
     for _ in "xy":  # along the columns, then (transposed) along the rows
-        padded = np.zeros((SIDE + 2 * reach, SIDE))
+        padded = np.zeros((len(field) + 2 * reach, len(field)))
         padded[reach:-reach] = field
-        field = np.maximum.reduce([padded[shift : shift + SIDE] for shift in range(2 * reach + 1)]).T
+        field = np.maximum.reduce([padded[shift : shift + len(field)] for shift in range(2 * reach + 1)]).T
     return field
 
 
 def _box_sum(field: np.ndarray) -> np.ndarray:
-    padded = np.zeros((SIDE + 2, SIDE + 2, field.shape[-1]))
+    padded = np.zeros((field.shape[0] + 2, field.shape[1] + 2, field.shape[2]))
     padded[1:-1, 1:-1] = field
     rows = padded[:-2] + padded[1:-1] + padded[2:]
     return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]

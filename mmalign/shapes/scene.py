@@ -42,7 +42,7 @@ class Scene:
     background: str
 
 
-def signed_distance(kind: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+def signed_distance(kind: str, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
     """Distance in pixels to the outline of a shape centred at 0, negative inside (a bound near corners)."""
     if kind == "circle":
         return np.hypot(dx, dy) - radius

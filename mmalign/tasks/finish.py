@@ -43,6 +43,9 @@ def load(config: TrainConfig, device: torch.device) -> Any:
             f"the denoiser of {config.model.path} is told its guidance (LCM: time_cond_proj_dim): a consistency model, "
             "which these losses do not train; give the model that it was distilled from"
         )
+    drawing = {"validation.prompts": config.validation.prompts, "guards.early_stopping": config.guards.early_stopping}
+    for name in (name for name, wanted in drawing.items() if wanted and adapter.of_image):
+        raise ValueError(f"{name}: {adapter.family} draws from pictures, and there are none for prompts; drop it")
     return adapter
 
 

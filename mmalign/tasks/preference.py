@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from mmalign.jobs import Model, TrainConfig
 from mmalign.losses import guards
 from mmalign.losses.errors import beta_units, implicit_reward, squared_error
-from mmalign.methods import Preference
+from mmalign.methods import Preference, WithBeta
 from mmalign.models import base
 from mmalign.models.adapter import Condition, lent_to
 from mmalign.models.shared_text import once_per_prompt
 from mmalign.progress import track
 from mmalign.tasks import buckets, finish, sources
 from mmalign.tasks.groups import constants, grid, judgement
-from mmalign.tasks.inputs import DENOISER, Inputs, View, draw, timesteps, unit_noise
+from mmalign.tasks.inputs import DENOISER, Inputs, Size, View, draw, timesteps, unit_noise
 from mmalign.tasks.noising import Noising
 from mmalign.tasks.state import Averages, Lagged, adapter_off
 from mmalign.tasks.watch import Watch
@@ -119,10 +119,10 @@ class PreferenceTask:
         found = {"data": summary + self.targets.summary(), "reference": reference, **self._units(self.targets.largest)}
         return {**found, "contents": sources.digest(self.groups), **self.targets.facts(self._units)}
 
-    def _units(self, size: buckets.Size) -> dict[str, Any]:
+    def _units(self, size: Size) -> dict[str, Any]:
         """Numbers of a picture's (or clip's) latents, and beta per element and per sample for as many."""
         elements = int(torch.tensor(self.adapter.latent_shape(*size)).prod())
-        units = beta_units(self.beta, elements, self.objective.reduction) if self.beta else {}
+        units = beta_units(self._beta_at(elements), elements, self.objective.reduction) if self.beta else {}
         return {"latent_elements": elements, **units}
 
     @property
@@ -134,6 +134,10 @@ class PreferenceTask:
         if automatic is None or size is None:
             return own
         return guards.beta_for(automatic.target, size, automatic.low * own, automatic.high * own)
+
+    def _beta_at(self, elements: int) -> float:
+        """beta for latents of so many numbers, where `loss.beta_elements` scales it; else beta."""
+        return self.objective.beta_for(self.beta, elements) if isinstance(self.objective, WithBeta) else self.beta
 
     # -------------------------------------------------------------------------------------------------- batches
 
@@ -185,7 +189,8 @@ class PreferenceTask:
         mask = batch["mask"].to(noisy.device)
         prediction = self.adapter.predict(noisy, t, condition)
         model = grid(self._errors(prediction, target), mask)
-        others, reference = {"mask": mask, "t": grid(t, mask)[:, 0]}, None
+        size = torch.tensor(noisy[0].numel())
+        others, reference = {"mask": mask, "t": grid(t, mask)[:, 0], "elements": size}, None
         if compare:
             theirs = self._reference_prediction(noisy, t, condition)
             reference = grid(self._errors(theirs, target), mask)
@@ -212,7 +217,7 @@ class PreferenceTask:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The pure function, with what it needs, on errors [B] for singles and [B, k] else."""
         settings = self.objective.own()
-        beta = self.beta
+        beta = self._beta_at(int(given["elements"]))
         if "beta" in settings:
             settings["beta"] = beta
         needed = {name: torch.as_tensor(given[name]).to(model.device) for name in self.objective.needs}
@@ -263,7 +268,7 @@ class PreferenceTask:
         else:
             unit = unit_noise(adapter, latents.shape[1:], of_picture)
         condition = self.inputs.conditions(batch["prompts"])
-        condition = adapter.add_size(condition, torch.stack([item.sizes for item in batch["fetched"]]))
+        condition = self.inputs.seen(condition, batch["fetched"])
         noisy, unit = self.noising(batch, latents, t, unit, condition, of_picture)
         return noisy, t, condition, adapter.process.target(latents, t, unit)
 
