@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmalign import kohya
-from mmalign.models.base import modality_of_family, pipeline_name
+from mmalign.models.base import EXPERT, modality_of_family, pipeline_name
 from mmalign.models.checkpoint import check_folder
 
 UNETS = ("sd", "sdxl", "animatediff")
@@ -58,6 +58,7 @@ def export_lora(
     *,
     name: str = "mmalign",
     comfyui: bool = True,
+    expert: str | None = None,
 ) -> list[Path]:
     """Write a LoRA of a denoiser for diffusers and for ComfyUI.
 
@@ -78,6 +79,8 @@ def export_lora(
         output: folder to write into.
         name: file name, without suffix, of the ComfyUI file.
         comfyui: write the ComfyUI file, unless the family is in `WITHOUT_COMFYUI`.
+        expert: of two transformers the one that the LoRA is for. diffusers' keys are the same for both, and its
+            loader's `load_into_transformer_2` says which is meant; so this goes into the file's header.
 
     Returns:
         The files written.
@@ -98,6 +101,7 @@ def export_lora(
     }
     settings = {f"{prefix}.{key}": value for key, value in kohya.metadata(pairs, scales).items()}
     header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    header |= {EXPERT: expert} if expert else {}
     folder = Path(output)
     written = [_save(tensors, folder / "pytorch_lora_weights.safetensors", header)]
     if not _loads_lora(family):
@@ -229,12 +233,12 @@ def model_card(
         base_model=base_model if hub_name else None,
         tags=["mmalign", kind, "diffusers", *(["lora"] if lora else [])],
     )
-    variant = (config.get("model") or {}).get("variant")
+    variant, expert = ((config.get("model") or {}).get(key) for key in ("variant", "expert"))
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {shown}, aligned with preferences",
         f"{'A LoRA for' if lora else 'A full fine-tune of'} `{shown}`, trained with mmalign.",
-        f"## Use\n\n```python\n{_usage(shown, family, lora, absent, variant)}\n```",
+        f"## Use\n\n```python\n{_usage(shown, family, lora, absent, variant, expert)}\n```",
         f"## Data\n\n{data}",
         f"## Scores\n\n{_score_table(scores)}",
         f"## Configuration\n\n```yaml\n{yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)}```",
@@ -246,13 +250,22 @@ def model_card(
     return file
 
 
-def _usage(base_model: str, family: str, lora: bool, absent: Sequence[str], variant: str | None) -> str:
+def _usage(
+    base_model: str, family: str, lora: bool, absent: Sequence[str], variant: str | None, expert: str | None = None
+) -> str:
     name = pipeline_name(family)
     told = "".join(f", {part}=None" for part in absent)
     source = base_model if lora else "path/to/this/folder"
     told += f', variant="{variant}"' if lora and variant else ""
     lines = [f"from diffusers import {name}", "", f'pipe = {name}.from_pretrained("{source}"{told})']
-    if lora and _loads_lora(family):
+    if expert and not lora:
+        part = "transformer" if expert == "high" else "transformer_2"
+        lines = ["from diffusers import WanTransformer3DModel, WanPipeline", ""]
+        lines.append(f'part = WanTransformer3DModel.from_pretrained("path/to/this/folder", subfolder="{part}")')
+        lines.append(f'pipe = {name}.from_pretrained("{base_model}", {part}=part)')
+    elif lora and expert == "low":
+        lines.append('pipe.load_lora_weights("path/to/this/folder", load_into_transformer_2=True)')
+    elif lora and _loads_lora(family):
         lines.append('pipe.load_lora_weights("path/to/this/folder")')
     elif lora:
         lines.insert(1, "from peft import PeftModel")

@@ -203,6 +203,7 @@ class Diversity(Strategy):
             )
         if self.initial > self.candidates:
             raise ValueError(f"initial ({self.initial}) is above candidates ({self.candidates}); lower it")
+        return self
 
 
 class NRG(Strategy):

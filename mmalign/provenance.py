@@ -71,7 +71,8 @@ def record(
     if image is not None:
         found["image"] = {"hash": image}
     if config.model.lora is not None:
-        found["lora"] = {"name": _called(config.model.lora), "hash": weights["lora"]}
+        digest = weights["lora"].partition("-")[0]  # behind it stands the model's variant
+        found["lora"] = {"name": _called(config.model.lora), "hash": digest}
     if config.negative_lora is not None:
         found["negative_lora"] = {"name": _called(config.negative_lora), "hash": negative_lora}
     settings = {name: value for name, value in config.model_dump().items() if name not in _ELSEWHERE}

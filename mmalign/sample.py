@@ -346,7 +346,7 @@ def _check_same(config: SampleConfig, images: list[Path]) -> dict[str, Any]:
     path = folder / "run.json"
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
     now["prompts"] = hashlib.sha256(json.dumps(read_prompts(find(config.prompts))).encode()).hexdigest()
-    told = config.model.model_dump(include={"max_sequence_length", "guidance"}, exclude_none=True)
+    told = config.model.model_dump(include={"max_sequence_length", "guidance", "expert"}, exclude_none=True)
     now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
     if images:
         now["images"] = [files_hash([image]) for image in dict.fromkeys(images)]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mmalign.config import Strict
-from mmalign.evaluation import Backbones, Batch, Evaluator, Uniform
+from mmalign.evaluation import Batch, Evaluator, Uniform
 from mmalign.guidance.denoising import Denoising, begin
-from mmalign.guidance.rewards import Rewards, Scorer
+from mmalign.guidance.rewards import Rewards
 from mmalign.jobs import Model, SampleConfig
 from mmalign.jobs_align import RewardSpec
 from mmalign.models import base
-from mmalign.score_plan import Job
+from mmalign.pixel_scores import PixelScorer
 
 PROMPTS = ["a red circle", "a large green square", "a blue circle"]
 SEEDS = [5, 6, 7]
@@ -39,8 +39,7 @@ class Brightness(Evaluator):
 
 def brightness(weight: float = 1.0) -> Rewards:
     """The reward that pictures are bright."""
-    job = Job("brightness", "brightness", Brightness, Strict(), "{}", None)
-    scorer = Scorer(job, torch.device("cpu"), "float32", Backbones(), 4, 8.0)
+    scorer = PixelScorer(Brightness(Strict(), {}, torch.device("cpu")), "brightness", frames=4, fps=8.0)
     return Rewards([RewardSpec(name="brightness", weight=weight)], [scorer])
 
 

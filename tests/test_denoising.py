@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,7 @@ def test_plain_sampling_is_the_pipelines_own_call(name: str, home: Path) -> None
     adapter = sample.load(_settings(folder, scheduler=steps, **clips), CPU)
     adapter.pipe.scheduler = type(adapter.pipe.scheduler).from_config(adapter.pipe.scheduler.config, **spaced)
     for scale, negative in ((1.0, ""), (3.0, ""), (3.0, "blue square")):
+        what = f"{name}, scale {scale}, negative {negative!r}"
         config = _settings(folder, guidance_scale=scale, negative_prompt=negative, scheduler=steps, **clips)
         theirs = torch.from_numpy(
             adapter.draw(
@@ -97,7 +99,7 @@ def test_plain_sampling_is_the_pipelines_own_call(name: str, home: Path) -> None
         with torch.no_grad():
             pixels = denoising.pixels(denoising.plain(denoising.initial()))
         ours = pixels.permute(0, 2, 3, 4, 1) if name in VIDEO else pixels.permute(0, 2, 3, 1)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5, msg=lambda told: f"{scale} {negative!r}: {told}")
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5, msg=what)
         branches = 1 if denoising.negative is None else 2
         assert [each.network_calls for each in denoising.spent] == [4 * branches] * 3
         assert [each.decodes for each in denoising.spent] == [1] * 3
@@ -251,7 +253,7 @@ def test_a_step_of_the_flows_sde_keeps_them_in_the_limit_alone() -> None:
     for steps in (5, 50):
         times = torch.linspace(0.95, 0, steps + 1, dtype=torch.float64)
         mean, variance = (1 - times[0]) * 0.7, times[0] ** 2
-        for now, after in zip(times[:-2], times[1:-1], strict=True):
+        for now, after in pairwise(times[:-1]):
             dt, g2 = after - now, 0.49 * now / (1 - now)
             slope = 1 + g2 / (2 * now) * dt + (1 + g2 * (1 - now) / (2 * now)) / now * dt
             mean = slope * mean - (1 + g2 * (1 - now) / (2 * now)) * 0.7 / now * dt

@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
         "distributed",
         "guidance",
     }
+    | {"memory", "memory_show"}
     | {"optimise_prompt", "prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
     | {"reward_bench", "reward_scores", "reward_show"}
     | {
@@ -64,6 +65,7 @@ LAYERS: list[set[str]] = [
         "preference_row",
         "records",
         "evaluation",
+        "pixel_scores",
         "discovery",
         "results",
         "stats",

@@ -16,6 +16,7 @@ class Kind(StrEnum):
 
     evaluators = "evaluators"
     methods = "methods"
+    guidance = "guidance"
     models = "models"
     formats = "formats"
     benchmarks = "benchmarks"
@@ -46,7 +47,7 @@ def list_(
     as_json: AsJson = False,
     plugins: Annotated[bool, typer.Option(help="Look for evaluators in other installed packages too.")] = True,
 ) -> None:
-    """List what there is: evaluators, training methods, model families, table formats, benchmarks, shipped configs.
+    """List what there is: evaluators, methods, guidance strategies, model families, formats, benchmarks, configs.
 
     [bold]Examples[/bold]
 
@@ -91,6 +92,8 @@ def listing(kind: Kind, *, plugins: bool = True, declared: bool = False) -> list
             return _evaluators(plugins, declared)
         case Kind.methods:
             return _methods()
+        case Kind.guidance:
+            return _guidance()
         case Kind.models:
             from mmalign.jobs import FAMILIES
 
@@ -165,6 +168,16 @@ def _methods() -> list[dict[str, Any]]:
         option = {"name": name, "summary": f"{summary} [{setting}]", "task": "preference", "family": family}
         rows.append({**option, "parameterisations": ["eps", "v", "flow"], "setting": setting})
     return rows
+
+
+def _guidance() -> list[dict[str, Any]]:
+    """Every strategy of guided sampling."""
+    from mmalign.jobs_guidance import strategies
+
+    return [
+        {"name": kind, "summary": (strategy.__doc__ or "").strip().splitlines()[0], "gradients": strategy.gradients}
+        for kind, strategy in strategies()
+    ]
 
 
 def _configs() -> list[dict[str, Any]]:

@@ -17,12 +17,14 @@ from mmalign.guidance.axes import Axes, fit_axes, judged
 from mmalign.guidance.denoising import Bar, Denoising, Outcome, candidate_seed
 from mmalign.guidance.diversity import Drawn, Evolved, evolve
 from mmalign.guidance.features import clip_files
-from mmalign.guidance.rewards import Rewards, Scorer, fitting, load_scorers
+from mmalign.guidance.rewards import Rewards, fitting, load_scorers
 from mmalign.jobs_align import EvaluatorSpec
 from mmalign.jobs_guidance import Diversity
 from mmalign.media import read_image
 from mmalign.paths import find
+from mmalign.pixel_scores import PixelScorer
 from mmalign.records import missing_columns, read_records
+from mmalign.weights import files_hash
 
 COLUMNS = ("anchor", "a", "b", "answer")
 
@@ -92,7 +94,7 @@ def _clip(config: str, checkpoint: Path, device: str) -> ClipBackbone:
 
 
 @functools.lru_cache(maxsize=1)
-def _judge(name: str, params: str, modality: str, device: str, frames: int) -> Scorer:
+def _judge(name: str, params: str, modality: str, device: str, frames: int) -> PixelScorer:
     job = fitting([EvaluatorSpec(name=name, params=json.loads(params))], "guidance.judge")
     return load_scorers(job, modality, torch.device(device), dtype="float32", backbones=Backbones(), frames=frames)[0]
 
@@ -100,7 +102,8 @@ def _judge(name: str, params: str, modality: str, device: str, frames: int) -> S
 def _judged(settings: Diversity, drawn: Drawn, pixels: Tensor, prompt: str, seed: int, clip: ClipBackbone) -> Tensor:
     """Features [n, 3, D] of the judged triplets: of the first population by the evaluator, or what people said."""
     if settings.judgements is not None:
-        return _told(find(settings.judgements), clip)
+        path = find(settings.judgements)
+        return _told(path, files_hash([path]), clip)
     assert settings.judge is not None
     params = json.dumps(settings.judge.model_dump(mode="json")["params"], sort_keys=True)
     modality = "image" if pixels.ndim == 4 else "video"
@@ -115,8 +118,8 @@ def _judged(settings: Diversity, drawn: Drawn, pixels: Tensor, prompt: str, seed
 
 
 @functools.lru_cache(maxsize=1)
-def _told(path: Path, clip: ClipBackbone) -> Tensor:
-    """Features of the triplets of a table of judgements: anchor, nearer, farther."""
+def _told(path: Path, content: str, clip: ClipBackbone) -> Tensor:
+    """Features of the triplets of a table of judgements of this content: anchor, nearer, farther."""
     records = read_records(path)
     absent = [name for name in COLUMNS if name not in records.columns]
     if absent:
