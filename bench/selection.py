@@ -3,8 +3,8 @@
     python bench/selection.py prompts --pictures 24 --seeds 20
     python bench/selection.py diversity runs/shapes-diversity runs/shapes-diversity-plain
 
-`prompts` draws some pictures of every candidate of configs/prompts/shapes.yaml once (they are kept), takes their mean
-utility as a prompt's true value, and then plays the comparisons many times, each side's pictures drawn anew from those.
+`prompts` draws some pictures of every candidate of configs/prompts/shapes.yaml once (utilities are kept), takes their
+mean utility as a prompt's true value, and plays the comparisons many times, a side's pictures drawn anew from those.
 `diversity` compares two folders of `mmalign sample`: the set of each caption against the best pictures of another run of
 the same budget, by attributes that are read from the pixels.
 """

@@ -17,8 +17,8 @@ class ShapesPlace(Evaluator):
     """Attributes that no caption need ask for: place, size and saturation of what an image of the shapes world shows.
 
     Sub-scores, each the mean over the proper shapes of the image: ``x`` and ``y`` of the centres in [0, 1] from the top
-    left, ``radius`` as a share of half the side, in [0, 1], and HSV ``saturation`` in [0, 1]. NaN where there is no
-    proper shape. None of them is better or worse: they say how alike two images are, as a judge of diversity.
+    left, ``radius`` as a share of half the side, in [0, 1], and HSV ``saturation`` in [0, 1]. Without a proper shape: the
+    middle, radius and saturation 0. None of them is better or worse: they say how alike two images are.
     """
 
     needs = frozenset({"image"})
@@ -35,7 +35,7 @@ class ShapesPlace(Evaluator):
 def _attributes(image: np.ndarray) -> list[float]:
     shapes = [shape for shape in read(image).shapes if shape.proper]
     if not shapes:
-        return [float("nan")] * len(SUBSCORES)
+        return [0.5, 0.5, 0.0, 0.0]
     seen = np.array([(s.x / SIDE, s.y / SIDE, s.radius / (SIDE / 2), s.saturation) for s in shapes])
     values: list[float] = np.clip(seen.mean(axis=0), 0.0, 1.0).tolist()
     return values

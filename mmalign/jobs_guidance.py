@@ -130,6 +130,7 @@ class NoiseOptimisation(Strategy):
     """Gradient ascent on the initial noise, through all steps: ReNO (2406.04312) and DOODL (2303.13703)."""
 
     function: ClassVar[str] = "mmalign.guidance.noise_ascent:noise_ascent"
+    any_reward: ClassVar[bool] = False
     gradients: ClassVar[bool] = True
     lower: ClassVar[str | None] = "lr"
     kind: Literal["noise"] = "noise"
@@ -203,6 +204,7 @@ class Diversity(Strategy):
             )
         if self.initial > self.candidates:
             raise ValueError(f"initial ({self.initial}) is above candidates ({self.candidates}); lower it")
+        return self
 
 
 class NRG(Strategy):

@@ -268,7 +268,7 @@ def _ask(config: PromptsConfig, waiting: Sequence[Comparison], table: Path) -> N
             names[letter] = sheet.relative_to(home).as_posix()
         rows.append({"pair": each.name, "prompt": config.wish, **names, "answer": "", "user_id": ""})
     with whole_file(home / f"{TO_COMPARE}.html") as temporary:
-        hint = "Then put the downloaded file into this page's folder, and run the same command again."
+        hint = "Then put the downloaded file into the folder of this page, and run the same command again."
         pictures_of = {row["pair"]: [MediaRef(str(home / str(row[name]))) for name in ("a", "b")] for row in rows}
         temporary.write_text(question_page(rows, pictures_of, config.judge.side, hint), encoding="utf-8")
     kept = [json.loads(line)["pair"] for line in table.read_text().splitlines()] if table.is_file() else []

@@ -50,6 +50,7 @@ def record(
     scheduler: str = "",
     negative_lora: str | None = None,
     guidance: Mapping[str, Any] | None = None,
+    image: str | None = None,
 ) -> Record:
     """What made one picture or clip, as plain JSON values.
 
@@ -59,6 +60,7 @@ def record(
         scheduler: name of the class that the steps were made with.
         negative_lora: sha256 of the LoRA that guidance led away from.
         guidance: strategy and settings of reward guidance, evaluators by their weights' sha256.
+        image: sha256 of the picture that a clip goes on from.
     """
     parts = {name: digest for name, digest in sorted(weights.items()) if name != "lora"}
     model: Record = {"name": _called(config.model.path), "hash": _digest(parts), "parts": parts}
@@ -66,8 +68,11 @@ def record(
         model["from_scratch"] = sorted(config.model.from_scratch)
     model |= config.model.model_dump(include={"max_sequence_length"}, exclude_none=True)
     found: Record = {KEY: __version__, "prompt": prompt, "seed": seed, "model": model}
+    if image is not None:
+        found["image"] = {"hash": image}
     if config.model.lora is not None:
-        found["lora"] = {"name": _called(config.model.lora), "hash": weights["lora"]}
+        digest = weights["lora"].partition("-")[0]  # behind it stands the model's variant
+        found["lora"] = {"name": _called(config.model.lora), "hash": digest}
     if config.negative_lora is not None:
         found["negative_lora"] = {"name": _called(config.negative_lora), "hash": negative_lora}
     settings = {name: value for name, value in config.model_dump().items() if name not in _ELSEWHERE}

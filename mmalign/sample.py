@@ -6,12 +6,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mmalign import provenance, report_sheet
 from mmalign.config import dump
@@ -19,7 +20,7 @@ from mmalign.guidance import sampling as guided
 from mmalign.guidance.summary import lines, summarise
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
-from mmalign.media import clip_facts
+from mmalign.media import clip_facts, read_image
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
@@ -29,6 +30,7 @@ from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import Record, missing_columns, read_records
 from mmalign.runs import pick_device, versions
+from mmalign.tasks.inputs import View, cut
 from mmalign.weights import files_hash
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +43,7 @@ class Request:
     prompt: str
     seed: int
     group: str
+    image: Path | None = None  # that a clip goes on from
 
     @property
     def sample(self) -> str:
@@ -79,6 +82,28 @@ def read_prompts(path: Path) -> list[tuple[str, int | None]]:
     return rows
 
 
+def _with_images(config: SampleConfig, wanted: list[Request]) -> list[Request]:
+    """The requests with the picture that each goes on from: the column `image` of the prompts' table.
+
+    Raises:
+        ValueError: there is no such column, or a picture is missing.
+    """
+    path = find(config.prompts)
+    records = [] if path.suffix == ".txt" else list(read_records(path))[: config.limit]
+    found: dict[str, Path] = {}
+    for number, record in enumerate(records):
+        image = record.values.get("image")
+        if isinstance(image, str):
+            found[f"{number:06d}"] = path.parent / image  # an absolute path stays itself
+    for request in wanted:
+        if not (request.group in found and found[request.group].is_file()):
+            raise ValueError(
+                f"{config.model.path} draws clips that go on from a picture, and {path} has none for the prompt "
+                f"{request.prompt!r}: give a table (JSONL, CSV) with a column `image`, a path from the table's folder"
+            )
+    return [replace(request, image=found[request.group]) for request in wanted]
+
+
 def _prompt(record: Record) -> str:
     prompt = record.values["prompt"]
     if not isinstance(prompt, str):
@@ -113,7 +138,11 @@ def run(config: SampleConfig) -> Path:
     if config.guidance:
         guided.check(config.guidance)
     base.check(config.model)  # before anything is written: a mistyped path leaves no folder behind
-    identity = _check_same(config)
+    if base.goes_on_from_image(config.model):
+        if config.guidance:
+            raise ValueError("guidance steers what is drawn from text alone; drop it, or use a text-to-video model")
+        wanted = _with_images(config, wanted)
+    identity = _check_same(config, [request.image for request in wanted if request.image])
     clips = base.modality_of(config.model) == "video"
     _check_clips(config, clips)
     missing = [request for request in wanted if not _place(folder, request, clips).is_file()]
@@ -234,6 +263,7 @@ def generate(
             [torch.Generator().manual_seed(request.seed) for request in part],
             guidance_scale=config.guidance_scale, negative_prompts=negative, num_inference_steps=config.steps,
             **{name: side for name in ("height", "width") if (side := getattr(config, name))}, **length,
+            **({"images": _first_frames(adapter, part, config)} if adapter.of_image else {}),
         )  # fmt: skip
         if not np.isfinite(images).all():
             raise ValueError(
@@ -241,6 +271,17 @@ def generate(
                 f"{part[0].prompt!r}; use dtype: float32 or bfloat16, or check the weights"
             )
         yield part, list((images * 255).round().astype(np.uint8))
+
+
+def _first_frames(adapter: Adapter, part: list[Request], config: SampleConfig) -> list[Image.Image]:
+    """The pictures that clips go on from, cut to their size as first frames are in training."""
+    own = adapter.default_size()
+    size, found = (config.height or own[0], config.width or own[1]), []
+    for request in part:
+        assert request.image is not None
+        pixels, _ = cut(read_image(request.image), size, View())
+        found.append(Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()))
+    return found
 
 
 def _teller(
@@ -254,7 +295,14 @@ def _teller(
     scheduler = type(adapter.pipe.scheduler).__name__
     if config.guidance:  # it takes these steps itself
         scheduler = "Euler" if adapter.process.kind == "flow" else "DDIM"
-    return lambda request: provenance.record(config, weights, request.prompt, request.seed, scheduler=scheduler, **told)
+
+    def tell(request: Request) -> provenance.Record:
+        image = files_hash([request.image]) if request.image else None
+        return provenance.record(
+            config, weights, request.prompt, request.seed, scheduler=scheduler, image=image, **told
+        )  # fmt: skip
+
+    return tell
 
 
 def _place(folder: Path, request: Request, clips: bool) -> Path:
@@ -289,7 +337,7 @@ def _check_sides(config: SampleConfig, multiple: int) -> None:
             raise ValueError(f"{name}: {side} is not a multiple of {multiple}; use {near}")
 
 
-def _check_same(config: SampleConfig) -> dict[str, Any]:
+def _check_same(config: SampleConfig, images: list[Path]) -> dict[str, Any]:
     """What decides the pictures, for `_begin`. ValueError for a folder that another config filled.
 
     Files count by content, not by path.
@@ -298,8 +346,10 @@ def _check_same(config: SampleConfig) -> dict[str, Any]:
     path = folder / "run.json"
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
     now["prompts"] = hashlib.sha256(json.dumps(read_prompts(find(config.prompts))).encode()).hexdigest()
-    told = config.model.model_dump(include={"max_sequence_length", "guidance"}, exclude_none=True)
+    told = config.model.model_dump(include={"max_sequence_length", "guidance", "expert"}, exclude_none=True)
     now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
+    if images:
+        now["images"] = [files_hash([image]) for image in dict.fromkeys(images)]
     now["guidance"] = guided.identity(config.guidance) if config.guidance else None
     now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch), **told}
     if path.is_file():

@@ -1,7 +1,11 @@
 """Annotators of clips, judged clips for training, and the evaluator that tells the truth about clips."""
 
+import json
 import pickle
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,15 +13,20 @@ import torch
 
 from mmalign import discovery, judgements
 from mmalign.evaluation import Batch
-from mmalign.jobs import Data
+from mmalign.jobs import Data, EvaluatorSpec, ScoreConfig
+from mmalign.media import write_video
+from mmalign.results import read_results
+from mmalign.score import run
 from mmalign.shapes.axes import AXES, axes, everything
 from mmalign.shapes.clip_annotators import CLIP_ANNOTATORS, clip_utility, judge_axes
 from mmalign.shapes.clip_data import DrawnClip, drawn_clips, judged_clips
 from mmalign.shapes.clip_reader import read_clip
+from mmalign.shapes.damage import MOTION, PICTURE, TEXT
 from mmalign.shapes.motion import parse_motion
 from mmalign.tasks import sources
 from mmalign.testing.evaluators import check_evaluator
 
+ROOT = Path(__file__).resolve().parents[1]
 CAPTION = parse_motion("a red circle moves left quickly")
 
 
@@ -179,3 +188,36 @@ def test_a_prompt_outside_the_grammar_is_an_error_before_a_frame_is_read():
         evaluator.score(Batch(frames=[broken], prompts=["a red circle moves left"], fps=[None]))
     with pytest.raises(ValueError, match="no annotator of clips 'bold'"):
         discovery.load_evaluator("shapes_motion", {"annotator": "bold"}, "cpu")
+
+
+def test_clips_on_disk_are_scored_by_the_runner(tmp_path):
+    """Lossless files give what the arrays give; the prompt outside the grammar is an error row, and the others stay."""
+    items = drawn_clips(3, 11)
+    rows = []
+    for i, item in enumerate(items):
+        write_video(tmp_path / f"{i}.mp4", tensor(item.clip()), item.fps, lossless=True)
+        prompt = str(item.caption) if i else "a dog runs"
+        rows.append({"sample": str(i), "prompt": prompt, "media": f"{i}.mp4", "modality": "video"})
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    spec = EvaluatorSpec(name="shapes_motion")
+    run(ScoreConfig(table=tmp_path / "table.jsonl", output=tmp_path / "out", evaluators=[spec], device="cpu"))
+    found = {(row["sample"], row["subscore"]): row for row in read_results(tmp_path / "out").rows}
+    for i, item in enumerate(items):
+        reading = read_clip(item.clip(), item.fps)
+        for axis, value in axes(item.caption, reading).items() if i else ():
+            assert found[str(i), axis]["status"] == "ok" and found[str(i), axis]["score"] == pytest.approx(value)
+    refused = [row for (sample, _), row in found.items() if sample == "0"]
+    assert refused and all(
+        row["status"] == "error" and "not a caption of moving shapes" in row["reason"] for row in refused
+    )
+
+
+def test_the_table_of_faults_is_printed_by_its_command():
+    script = [sys.executable, str(ROOT / "bench" / "shapes_axes.py"), "--count", "8"]
+    printed = subprocess.run(script, check=True, capture_output=True, text=True, timeout=300).stdout
+    cells = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    found = {name: [float(value) for value in values] for name, *values in cells if name != "fault"}
+    assert set(found) == {"none", *PICTURE, *MOTION, *(f"another {part}" for part in TEXT)}
+    assert min(found["none"][:4]) == 1 and found["another kind"][3] == 0 and found["repeat"][1] < 1
+    page = (ROOT / "docs" / "shapes_video.md").read_text(encoding="utf-8")
+    assert all(f"\n| {name} |" in page for name in (*PICTURE, *MOTION, *(f"another {part}" for part in TEXT)))

@@ -55,6 +55,12 @@ def test_small_pictures_are_read_at_their_own_side(side):
             assert np.allclose(seen.rgb, shape.rgb, atol=0.03)
 
 
+def test_pictures_are_not_read_larger_than_the_frame():
+    for side in (0, 65, 128):
+        with pytest.raises(ValueError, match="1 to 64 pixels across"):
+            read(np.zeros((128, 128, 3), np.uint8), side)
+
+
 def parse_plain(item: DrawnClip) -> Caption:
     """The caption without its motion, for a picture."""
     return Caption(tuple(mover.item for mover in item.caption.movers), background=item.caption.background)

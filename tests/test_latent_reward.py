@@ -30,7 +30,7 @@ from mmalign.records import MediaRef
 from mmalign.tables import PreferenceRow, write_preferences
 from mmalign.tasks.inputs import draw
 from mmalign.tasks.reward import RewardTask
-from mmalign.testing import tiny, tiny_transformers, tiny_video
+from mmalign.testing import check_evaluator, tiny, tiny_transformers, tiny_video
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "a blue square", "a large green triangle", "a photo of a small circle")
@@ -503,3 +503,8 @@ def test_weights_of_axes(fitted: tuple[Path, Path, Path]) -> None:
     assert reward.weights({"score": 2.0}).tolist() == [2.0]
     with pytest.raises(ValueError, match="no axis 'MQ'; it has score"):
         reward.weights({"MQ": 1.0})
+
+
+def test_keeps_the_contract_of_evaluators(fitted: tuple[Path, Path, Path]) -> None:
+    sizes = ((32, 32), (33, 70), (5, 40))
+    check_evaluator("latent_reward", {"model": str(fitted[0])}, prompts=PROMPTS[:3], sizes=sizes, processes=1)

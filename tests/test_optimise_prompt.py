@@ -63,7 +63,7 @@ def test_what_was_compared_is_what_the_bandit_chooses(done: Path) -> None:
 
 
 def test_the_judge_looks_at_the_pictures_of_both_prompts_for_the_wish(done: Path) -> None:
-    truth, adapter = load_evaluator("shapes_truth", {"annotator": "bold"}, "cpu"), None
+    truth = load_evaluator("shapes_truth", {"annotator": "bold"}, "cpu")
     candidates = bandits.expand(WORDS)
     for row in _lines(done)[:2]:
         for k, score in zip((row["a"], row["b"]), row["scores"], strict=True):
@@ -130,16 +130,11 @@ def test_people_are_asked_and_their_answers_go_on(tmp_path: Path, capsys: pytest
     optimise_prompt.run(config)
     assert "2 of 2 comparisons wait for an answer" in capsys.readouterr().err
     asked = [json.loads(line) for line in (output / "to_compare.jsonl").read_text().splitlines()]
-    assert [row["pair"] for row in asked] == ["c000000", "c000001"] and {row["prompt"] for row in asked} == {
-        "a red circle"
-    }
+    assert [row["pair"] for row in asked] == ["c000000", "c000001"]
+    assert {row["prompt"] for row in asked} == {"a red circle"}
     page = (output / "to_compare.html").read_text()
-    assert (
-        page.count("<article") == 2
-        and "this page's folder" in page
-        and "data:image" in page
-        and "prefer merge" not in page
-    )
+    assert page.count("<article") == 2 and "data:image" in page
+    assert "the folder of this page" in page and "prefer merge" not in page
     assert read_image(output / asked[0]["a"]).shape == (64, 128, 3), "both pictures of a prompt, side by side"
     # One answer from the page, by two people who do not agree; the other is still open.
     (output / "answers-anna.jsonl").write_text(json.dumps({**asked[0], "answer": "A", "user_id": "anna"}) + "\n")

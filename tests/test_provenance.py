@@ -247,6 +247,13 @@ def test_it_can_be_left_out(model: Path, tmp_path: Path) -> None:
     assert source.provenance is False  # type: ignore[union-attr]
 
 
+def test_a_variant_belongs_to_the_model(model: Path, tmp_path: Path) -> None:
+    chosen = {"path": model, "lora": tmp_path / "styles" / "ink.safetensors", "variant": "fp16"}
+    settings = SampleConfig.model_validate({"model": chosen, "prompts": "p.txt", "output": "out"})
+    found = record(settings, {"unet": "ab-fp16", "lora": "cd-fp16"}, "p", 1)
+    assert found["model"]["parts"] == {"unet": "ab-fp16"} and found["lora"] == {"name": "ink", "hash": "cd"}
+
+
 def test_settings_of_a_block_tell_no_paths(model: Path, tmp_path: Path) -> None:
     block = {
         "kind": "best_of_n", "clamp": float("inf"), "places": [tmp_path / "a" / "head", "C:\\Users\\anna\\w.pt"],

@@ -32,6 +32,7 @@ TRUTH = {
     "weight": 2.0,
 }
 CLEAN = {"name": "shapes_truth", "subscore": "cleanliness", "column": "cleanliness"}
+PLAIN = {"kind": "best_of_n", "n": 1, "rewards": [HPS], "baseline": False}
 AXES = [TRUTH, CLEAN, {**HPS, "weight": 0.5}]
 DIVERSE = {
     "kind": "diversity", "rewards": [HPS], "candidates": 10, "initial": 6, "children": 2, "cells": 2, "clip": CLIP,
@@ -83,7 +84,7 @@ def test_the_choice_is_that_of_the_neighbourhood_of_the_weights(robust: Path, tm
         prompts = tmp_path / f"{number}.jsonl"
         prompt = ["a red circle", "a large blue square on a white background"][number]
         prompts.write_text(json.dumps({"prompt": prompt, "seed": record["seed"]}) + "\n")
-        sample.run(_config(tmp_path / str(number), None, prompts=prompts, scheduler="ddim"))  # type: ignore[arg-type]
+        sample.run(_config(tmp_path / str(number), PLAIN, prompts=prompts))
         (drawn,) = _pictures(tmp_path / str(number)).values()
         kept = _pictures(robust)[f"00000{number}-7"]
         assert np.abs(drawn.astype(int) - kept.astype(int)).max() <= 1
@@ -136,7 +137,7 @@ def test_candidates_of_the_first_population_are_plain_samples(diverse: Path, tmp
     prompts = tmp_path / "one.jsonl"
     seed = candidate_seed(7, _record(diverse, name)["candidate"])
     prompts.write_text(json.dumps({"prompt": prompt, "seed": seed}) + "\n")
-    sample.run(_config(tmp_path, None, prompts=prompts, scheduler="ddim"))  # type: ignore[arg-type]
+    sample.run(_config(tmp_path, PLAIN, prompts=prompts))
     (drawn,) = _pictures(tmp_path).values()
     assert np.abs(drawn.astype(int) - _pictures(diverse)[name].astype(int)).max() <= 1
 
@@ -214,7 +215,7 @@ def test_bad_judges_are_named(tmp_path: Path, changes: dict[str, Any], said: str
 
 
 def test_the_evaluator_of_places_keeps_the_contract() -> None:
-    check_evaluator("shapes_place", sizes=[(64, 64), (33, 70), (2, 2)])
+    check_evaluator("shapes_place", prompts=["a", "b", "c"], sizes=[(64, 64), (33, 70), (2, 2)])
 
 
 def test_places_are_those_of_the_scene() -> None:
@@ -228,4 +229,4 @@ def test_places_are_those_of_the_scene() -> None:
     assert isinstance(told, dict)
     for name, expected in {"x": 35 / 64, "y": 30 / 64, "radius": 11 / 32, "saturation": 0.75}.items():
         assert told[name][0].item() == pytest.approx(expected, abs=0.02)
-        assert told[name][1].isnan()
+    assert [told[name][1].item() for name in told] == [0.5, 0.5, 0.0, 0.0], "nothing is drawn"

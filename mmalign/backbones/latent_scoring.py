@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,11 @@ from torch import Tensor
 from mmalign.backbones.latent_reward import Loaded, clean_time, latent_files, load_latent, read_latent, weight_hashes
 from mmalign.backbones.latent_trunk import cut
 from mmalign.backbones.reward_folder import named_scores
+from mmalign.frame_plans import Uniform
 from mmalign.models import base
+from mmalign.models.video import VideoAdapter
+
+FRAMES = 8
 
 
 class LatentScorer:
@@ -26,8 +29,8 @@ class LatentScorer:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
         self.facts = read_latent(folder)
         check_pipeline_files(folder)
-        self.adapter: Any = base.load(self.facts.model, device=device, dtype=dtype, vae_dtype=torch.float32)
-        if self.facts.fps is not None:
+        self.adapter = base.load(self.facts.model, device=device, dtype=dtype, vae_dtype=torch.float32)
+        if self.facts.fps is not None and isinstance(self.adapter, VideoAdapter):
             self.adapter.fps = self.facts.fps  # some families are told it
         self.reward: Loaded = load_latent(folder, self.adapter)
         adapter, blocks = self.adapter, self.facts.latent.blocks
@@ -40,10 +43,11 @@ class LatentScorer:
     def named(self, clips: Sequence[Tensor], prompts: Sequence[str], normalise: bool) -> dict[str, Tensor]:
         """Scores [B] by name of uint8 [T, 3, H, W]; a picture has T = 1. Grades give `rating` besides.
 
-        Each is scored by itself, so that it cannot depend on the others; of a longer clip the beginning.
+        Each is scored by itself, so that it cannot depend on the others. A reward on pictures gives a clip the mean
+        over 8 of its frames, one on clips reads the beginning of a longer one.
 
         Raises:
-            ValueError: a clip for a pipeline of pictures, or one that is too short.
+            ValueError: a clip is too short.
         """
         raw = torch.cat([self._one(clip, text) for clip, text in zip(clips, prompts, strict=True)])
         facts, reward = self.facts, self.reward
@@ -55,13 +59,19 @@ class LatentScorer:
         return found
 
     def _one(self, clip: Tensor, prompt: str) -> Tensor:
+        """Raw scores [1, axes] of one medium."""
+        adapter, wanted = self.adapter, self.facts.frames or 1
+        if adapter.modality == "image":
+            frames = clip[Uniform(FRAMES).indices(len(clip), 1.0)]
+            return torch.cat([self._encoded(frame[None], prompt) for frame in frames]).mean(0, keepdim=True)
+        if len(clip) < wanted:
+            raise ValueError(f"the reward was fitted on clips of {wanted} frames, and this has {len(clip)}")
+        return self._encoded(clip[:wanted], prompt)
+
+    def _encoded(self, clip: Tensor, prompt: str) -> Tensor:
         adapter, side = self.adapter, self.facts.resolution
         height, width = clip.shape[-2:]
-        wanted = self.facts.frames or 1
-        if len(clip) < wanted or (wanted == 1 and len(clip) > 1):
-            what = f"clips of {wanted} frames" if wanted > 1 else "pictures"
-            raise ValueError(f"the reward was fitted on {what}, and this has {len(clip)} frame{'s'[: len(clip) > 1]}")
-        pixels = covered(clip[:wanted], side).to(adapter.device)
+        pixels = covered(clip, side).to(adapter.device)
         if adapter.modality == "video":
             pixels = pixels.transpose(0, 1)[None]  # [1, 3, F, H, W]
         latents = adapter.encode_media(pixels)[:, 0]

@@ -24,6 +24,7 @@ from mmalign.media import read_image
 from mmalign.paths import find
 from mmalign.pixel_scores import PixelScorer
 from mmalign.records import missing_columns, read_records
+from mmalign.weights import files_hash
 
 COLUMNS = ("anchor", "a", "b", "answer")
 
@@ -101,7 +102,8 @@ def _judge(name: str, params: str, modality: str, device: str, frames: int) -> P
 def _judged(settings: Diversity, drawn: Drawn, pixels: Tensor, prompt: str, seed: int, clip: ClipBackbone) -> Tensor:
     """Features [n, 3, D] of the judged triplets: of the first population by the evaluator, or what people said."""
     if settings.judgements is not None:
-        return _told(find(settings.judgements), clip)
+        path = find(settings.judgements)
+        return _told(path, files_hash([path]), clip)
     assert settings.judge is not None
     params = json.dumps(settings.judge.model_dump(mode="json")["params"], sort_keys=True)
     modality = "image" if pixels.ndim == 4 else "video"
@@ -116,8 +118,8 @@ def _judged(settings: Diversity, drawn: Drawn, pixels: Tensor, prompt: str, seed
 
 
 @functools.lru_cache(maxsize=1)
-def _told(path: Path, clip: ClipBackbone) -> Tensor:
-    """Features of the triplets of a table of judgements: anchor, nearer, farther."""
+def _told(path: Path, content: str, clip: ClipBackbone) -> Tensor:
+    """Features of the triplets of a table of judgements of this content: anchor, nearer, farther."""
     records = read_records(path)
     absent = [name for name in COLUMNS if name not in records.columns]
     if absent:

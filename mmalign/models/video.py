@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmalign.models.adapter import Adapter, exact
+from mmalign.models.adapter import Adapter, Condition, exact
 
 
 class VideoAdapter(Adapter):
@@ -77,6 +77,12 @@ class VideoAdapter(Adapter):
 
     def image_tokens(self, shape: tuple[int, ...]) -> int:
         return (shape[-3] // self.patch_frames) * super().image_tokens(shape)
+
+    def encode_images(self, images: Tensor, frames: int) -> Condition:
+        """What the denoiser is told of the first frames [B, 3, H, W] in [-1, 1] of clips of so many frames; nothing by
+        default.
+        """
+        return {}
 
     def drawn(self, output: Any) -> np.ndarray:
         return np.asarray(output.frames)

@@ -22,7 +22,7 @@ from mmalign.losses import guards
 from mmalign.losses.errors import beta_units, implicit_reward, squared_error
 from mmalign.methods import Preference, WithBeta
 from mmalign.models import base
-from mmalign.models.adapter import Condition
+from mmalign.models.adapter import Condition, lent_to
 from mmalign.models.shared_text import once_per_prompt
 from mmalign.progress import track
 from mmalign.tasks import buckets, finish, sources
@@ -80,10 +80,12 @@ class PreferenceTask:
 
     def _frozen(self, device: torch.device) -> nn.Module:
         """A second denoiser: a copy of the model's own, or that of `reference.model` with `reference.lora`."""
+        home = torch.device("cpu") if "reference" in self.config.optim.offload else device
         if not self.config.reference.other:
-            return copy.deepcopy(self.adapter.denoiser).requires_grad_(False).eval()
+            copied: nn.Module = copy.deepcopy(self.adapter.denoiser).requires_grad_(False).eval()
+            return copied.to(home)
         dtype = self.adapter.denoiser.dtype
-        loaded = base.load(self._reference_model(), device=device, dtype=dtype)
+        loaded = base.load(self._reference_model(), device=home, dtype=dtype, training=True)
         return loaded.denoiser.requires_grad_(False).eval()
 
     def _reference_model(self) -> Model:
@@ -95,6 +97,7 @@ class PreferenceTask:
             return model.model_copy(update={"lora": wanted.lora})
         # What replaces parts of the model does not replace the reference's.
         told = {"lora": wanted.lora, "variant": wanted.variant, "max_sequence_length": model.max_sequence_length}
+        told["expert"] = model.expert
         return Model(path=wanted.model, **told)
 
     def _make_averages(self) -> tuple[str, ...]:
@@ -265,7 +268,7 @@ class PreferenceTask:
         else:
             unit = unit_noise(adapter, latents.shape[1:], of_picture)
         condition = self.inputs.conditions(batch["prompts"])
-        condition = adapter.add_size(condition, torch.stack([item.sizes for item in batch["fetched"]]))
+        condition = self.inputs.seen(condition, batch["fetched"])
         noisy, unit = self.noising(batch, latents, t, unit, condition, of_picture)
         return noisy, t, condition, adapter.process.target(latents, t, unit)
 
@@ -292,7 +295,9 @@ class PreferenceTask:
     @torch.no_grad()
     def _reference_prediction(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if self.frozen is not None:
-            return self.adapter.predict(noisy, t, condition, self.frozen)
+            away = "reference" in self.config.optim.offload
+            with lent_to(self.adapter.device, self.frozen) if away else nullcontext():
+                return self.adapter.predict(noisy, t, condition, self.frozen)
         with adapter_off(self.adapter.denoiser):
             return self.adapter.predict(noisy, t, condition)
 
@@ -307,7 +312,8 @@ class PreferenceTask:
         """The cache key of what the reference makes of one numbered draw of a group."""
         config = self.config
         drawn: dict[str, Any] = {"timesteps": config.timesteps.model_dump(), "noise": config.noise.identity()}
-        drawn["told"] = [self.adapter.text_length, self.adapter.guidance]
+        expert = config.model.expert
+        drawn["told"] = [self.adapter.text_length, self.adapter.guidance, *([expert] if expert else [])]
         return self.inputs.key(
             weights=self.weights_key, seed=config.seed, pair=list(key), precision=config.precision, **drawn, **more
         )
