@@ -24,7 +24,9 @@ from mmalign.jobs import Model, SampleConfig, TrainConfig
 from mmalign.media import clip_frames, write_image
 from mmalign.media_table import read_media_table
 from mmalign.models import base
+from mmalign.provenance import read_provenance
 from mmalign.testing import tiny_video as tiny
+from mmalign.weights import files_hash
 
 MAKERS = {
     "wan": partial(tiny.tiny_wan, image=True),
@@ -181,6 +183,8 @@ def test_clips_are_sampled_from_a_table_with_pictures(name: str, folders: dict[s
     for row, clip in zip(rows, expected, strict=True):
         found = clip_frames(row.media, fps=None, frames=FRAMES).astype(float)
         assert np.abs(found - clip.numpy()).max() <= 1
+    told = [read_provenance(row.media)["image"]["hash"] for row in rows]  # type: ignore[index, arg-type]
+    assert told == [files_hash([tmp_path / f"{i}.png"]) for i in range(2)]
     with pytest.raises(ValueError, match=r"made with other values of: images"):
         sample.run(_sample(folders[name], tmp_path).model_copy(update={"prompts": _moved(tmp_path)}))
 
