@@ -17,9 +17,9 @@ from typing import Any
 from mmalign import audit_figures as figures
 from mmalign.audit_table import PROPERTIES, Judgement, Key, evaluate, folder_scores, judgements, own_scores, properties
 from mmalign.figures import number
-from mmalign.formats import counted
 from mmalign.jobs import EvaluatorSpec
 from mmalign.prefer_summary import interval, percent
+from mmalign.preference_row import counted
 from mmalign.results import read_results
 from mmalign.routing import asked_about, of_rewards, refuse_overwriting, table_files
 from mmalign.source import whole_file
@@ -109,9 +109,7 @@ def examine(
     judges = people or given
     refs = list(dict.fromkeys(ref for each in given for ref in (each.a, each.b))) if pictures else []
     seen, unseen, reason = properties(refs)
-    remarks = [f"{unseen['clips']} clips are not among the biases, which are of pictures."] if unseen["clips"] else []
-    if unseen["unreadable"]:
-        remarks.append(f"{unseen['unreadable']} of {len(refs)} pictures cannot be read, the first because {reason}.")
+    remarks = [f"{unseen} of {len(refs)} pictures cannot be read, the first because {reason}."] if unseen else []
     return {
         "judgements": len(given),
         "by_people": len(people),
@@ -233,9 +231,9 @@ def _biases(found: dict[str, Any]) -> dict[str, Any]:
         [name, interval(each["difference"]), percent(each["more_wins"]), str(each["more_wins"]["n"])]
         for name, each in found["biases"].items()
     ]
-    told = "; ".join(f"{name}: {meaning}" for name, meaning in PROPERTIES.items())
+    told = "; ".join(f"{name}: {meaning}" for name, meaning in PROPERTIES.items() if name in found["biases"])
     note = (
-        f"Winner minus loser, and how often the side with more of it won, ties left out. {told[0].upper()}{told[1:]}."
+        f"Winner minus loser, and how often the side with more of it won, ties left out. {told[:1].upper()}{told[1:]}."
     )
     return _section("What does the preferred side look like?", note, ("", "difference [95 %]", "more wins", "n"), rows)
 

@@ -124,11 +124,14 @@ def biases(given: Sequence[Judgement], seen: Mapping[MediaRef, Mapping[str, floa
     A share away from 1/2 is not yet a fault: people may like what is bright. It says what a model will learn.
     """
     kept = [each for each in given if each.answer != 0.5 and each.a in seen and each.b in seen]
-    prompts = [each.prompt for each in kept]
     result = {}
-    for name in PROPERTIES if kept else ():
-        values = np.array([(seen[each.a][name], seen[each.b][name]) for each in kept])
-        answers = np.array([each.answer for each in kept])
+    for name in PROPERTIES:
+        both = [each for each in kept if name in seen[each.a] and name in seen[each.b]]
+        if not both:
+            continue
+        prompts = [each.prompt for each in both]
+        values = np.array([(seen[each.a][name], seen[each.b][name]) for each in both])
+        answers = np.array([each.answer for each in both])
         ahead = (values[:, 0] - values[:, 1]) * (2 * answers - 1)
         differ = ahead != 0
         clusters = [prompt for prompt, keep in zip(prompts, differ, strict=True) if keep]

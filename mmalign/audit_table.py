@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmalign import score
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
-from mmalign.media import VIDEO_SUFFIXES, MediaError, is_video, read_image
+from mmalign.media import VIDEO_SUFFIXES, MediaError, clip_facts, clip_frames, is_video, read_image
 from mmalign.progress import track
 from mmalign.records import MediaRef
 from mmalign.results import WHOLE_SET, Results, is_ok, read_results
@@ -30,8 +30,13 @@ PROPERTIES = {
     "sharpness": "standard deviation of the luma's Laplacian, at no more than 256 pixels a side",
     "megapixels": "size of the picture",
     "kilobytes": "size of the file",
+    "motion": "of clips, mean change of the luma in an eighth of a second",
+    "seconds": "of clips, their length",
+    "frames per second": "of clips, on average",
 }
+"""What is looked at; of a clip the mean over its first eight seconds, eight frames in each."""
 _SIDE = 256
+_FPS, _FRAMES = 8, 64
 Key = tuple[str, MediaRef]  # a picture as the answer to a prompt
 
 
@@ -137,45 +142,67 @@ def evaluate(specs: Sequence[EvaluatorSpec], keys: Sequence[Key], folder: Path) 
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def properties(refs: Sequence[MediaRef]) -> tuple[dict[MediaRef, dict[str, float]], dict[str, int], str]:
+def properties(refs: Sequence[MediaRef]) -> tuple[dict[MediaRef, dict[str, float]], int, str]:
     """What the pictures look like.
 
     Returns:
-        ref -> `PROPERTIES` of what can be read; how many are clips and how many unreadable; the first reason why.
+        ref -> `PROPERTIES` of what can be read; how many are unreadable; the first reason why.
     """
     found: dict[MediaRef, dict[str, float]] = {}
-    counts, first = {"clips": 0, "unreadable": 0}, ""
+    unreadable, first = 0, ""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         chunks = (refs[start : start + 256] for start in range(0, len(refs), 256))  # few futures at a time
         looked = (each for chunk in chunks for each in zip(chunk, pool.map(_look, chunk), strict=True))
         for ref, seen in track(looked, "looking at pictures", len(refs)):
             if isinstance(seen, dict):
                 found[ref] = seen
-            elif seen is None:
-                counts["clips"] += 1
             else:
-                counts["unreadable"] += 1
+                unreadable += 1
                 first = first or seen
-    return found, counts, first
+    return found, unreadable, first
 
 
-def _look(ref: MediaRef) -> dict[str, float] | str | None:
-    """The properties; None for a clip, and a text that says why not."""
+def _look(ref: MediaRef) -> dict[str, float] | str:
+    """The properties, or a text that says why there are none."""
     try:
-        if is_video(ref):
-            return None
-        return look(read_image(ref)) | {"kilobytes": len(ref.read()) / 1024}
+        seen = _look_at_clip(ref) if is_video(ref) else look(read_image(ref))
+        return seen | {"kilobytes": len(ref.read()) / 1024}
     except MediaError as error:
         return str(error)
 
 
-def look(image: npt.NDArray[np.uint8]) -> dict[str, float]:
-    """All `PROPERTIES` but the file's size, of uint8 [H, W, 3]."""
+def _look_at_clip(ref: MediaRef) -> dict[str, float]:
+    facts = clip_facts(ref)
+    frames = clip_frames(ref, fps=_FPS, frames=min(_FRAMES, facts.frames_at(_FPS)))
+    each = [look(frame) for frame in frames]
+    lumas = [_luma(_small(frame)) for frame in frames]
+    changes = [float(np.abs(after - before).mean()) for before, after in pairwise(lumas)]
+    return {name: float(np.mean([seen[name] for seen in each])) for name in each[0]} | {
+        "motion": float(np.mean(changes)) if changes else 0.0,
+        "seconds": facts.num_frames / facts.fps,
+        "frames per second": facts.fps,
+    }
+
+
+def _small(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """[h, w, 3] in 0..1, at most `_SIDE` on a side."""
     height, width = image.shape[:2]
     scale = min(1.0, _SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX), dtype=np.float64) / 255
-    luma = small @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX), dtype=np.float64) / 255
+
+
+def _luma(image: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """[h, w], by ITU-R BT.601."""
+    luma: npt.NDArray[np.float64] = image @ np.array([0.299, 0.587, 0.114])
+    return luma
+
+
+def look(image: npt.NDArray[np.uint8]) -> dict[str, float]:
+    """All `PROPERTIES` of a picture but the file's size, of uint8 [H, W, 3]."""
+    height, width = image.shape[:2]
+    small = _small(image)
+    luma = _luma(small)
     high, low = small.max(2), small.min(2)
     saturation = np.divide(high - low, high, out=np.zeros_like(high), where=high > 0)
     edges = np.pad(luma, 1, mode="edge")

@@ -25,13 +25,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmalign import kohya
-from mmalign.models.base import modality_of_family, pipeline_name
+from mmalign.models.base import EXPERT, modality_of_family, pipeline_name
 from mmalign.models.checkpoint import check_folder
 
 UNETS = ("sd", "sdxl", "animatediff")
 WITHOUT_COMFYUI = {
     "animatediff": "ComfyUI has no motion modules of its own",
     "cogvideox": "ComfyUI's LoRA loader has no names for it",
+    "cogvideox_i2v": "the same",
     "hunyuan_video": "ComfyUI joins its projections into one, which LoRAs of each cannot be",
 }
 """Families whose LoRA is not written for ComfyUI, and why."""
@@ -57,6 +58,7 @@ def export_lora(
     *,
     name: str = "mmalign",
     comfyui: bool = True,
+    expert: str | None = None,
 ) -> list[Path]:
     """Write a LoRA of a denoiser for diffusers and for ComfyUI.
 
@@ -77,6 +79,8 @@ def export_lora(
         output: folder to write into.
         name: file name, without suffix, of the ComfyUI file.
         comfyui: write the ComfyUI file, unless the family is in `WITHOUT_COMFYUI`.
+        expert: of two transformers the one that the LoRA is for. diffusers' keys are the same for both, and its
+            loader's `load_into_transformer_2` says which is meant; so this goes into the file's header.
 
     Returns:
         The files written.
@@ -97,6 +101,7 @@ def export_lora(
     }
     settings = {f"{prefix}.{key}": value for key, value in kohya.metadata(pairs, scales).items()}
     header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    header |= {EXPERT: expert} if expert else {}
     folder = Path(output)
     written = [_save(tensors, folder / "pytorch_lora_weights.safetensors", header)]
     if not _loads_lora(family):
@@ -137,6 +142,7 @@ def _comfyui_name(module: str, family: str, denoiser_config: Mapping[str, Any]) 
     """
     if family in UNETS:
         return kohya.kohya_name(module, family, denoiser_config)
+    family = family.removesuffix("_i2v")
     if family not in ("ltx", "wan"):
         return f"transformer.{module}"
     for theirs, comfy in _WAN if family == "wan" else ():
@@ -227,12 +233,12 @@ def model_card(
         base_model=base_model if hub_name else None,
         tags=["mmalign", kind, "diffusers", *(["lora"] if lora else [])],
     )
-    variant = (config.get("model") or {}).get("variant")
+    variant, expert = ((config.get("model") or {}).get(key) for key in ("variant", "expert"))
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {shown}, aligned with preferences",
         f"{'A LoRA for' if lora else 'A full fine-tune of'} `{shown}`, trained with mmalign.",
-        f"## Use\n\n```python\n{_usage(shown, family, lora, absent, variant)}\n```",
+        f"## Use\n\n```python\n{_usage(shown, family, lora, absent, variant, expert)}\n```",
         f"## Data\n\n{data}",
         f"## Scores\n\n{_score_table(scores)}",
         f"## Configuration\n\n```yaml\n{yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)}```",
@@ -244,21 +250,31 @@ def model_card(
     return file
 
 
-def _usage(base_model: str, family: str, lora: bool, absent: Sequence[str], variant: str | None) -> str:
+def _usage(
+    base_model: str, family: str, lora: bool, absent: Sequence[str], variant: str | None, expert: str | None = None
+) -> str:
     name = pipeline_name(family)
     told = "".join(f", {part}=None" for part in absent)
     source = base_model if lora else "path/to/this/folder"
     told += f', variant="{variant}"' if lora and variant else ""
     lines = [f"from diffusers import {name}", "", f'pipe = {name}.from_pretrained("{source}"{told})']
-    if lora and _loads_lora(family):
+    if expert and not lora:
+        part = "transformer" if expert == "high" else "transformer_2"
+        lines = ["from diffusers import WanTransformer3DModel, WanPipeline", ""]
+        lines.append(f'part = WanTransformer3DModel.from_pretrained("path/to/this/folder", subfolder="{part}")')
+        lines.append(f'pipe = {name}.from_pretrained("{base_model}", {part}=part)')
+    elif lora and expert == "low":
+        lines.append('pipe.load_lora_weights("path/to/this/folder", load_into_transformer_2=True)')
+    elif lora and _loads_lora(family):
         lines.append('pipe.load_lora_weights("path/to/this/folder")')
     elif lora:
         lines.insert(1, "from peft import PeftModel")
         lines.append('pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
     if modality_of_family(family) == "image":
         return "\n".join([*lines, 'pipe("a prompt").images[0].save("image.png")'])
-    lines.insert(1, "from diffusers.utils import export_to_video")
-    return "\n".join([*lines, 'export_to_video(pipe("a prompt").frames[0], "clip.mp4")'])
+    lines.insert(1, "from diffusers.utils import export_to_video, load_image")
+    told = 'load_image("first.png"), "a prompt"' if family.endswith("_i2v") else '"a prompt"'
+    return "\n".join([*lines, f'export_to_video(pipe({told}).frames[0], "clip.mp4")'])
 
 
 def _score_table(scores: Mapping[str, float | str | Mapping[str, float | str]]) -> str:

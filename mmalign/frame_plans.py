@@ -139,7 +139,7 @@ class CommonFps:
     0 begins with the clip, 1 ends with it. Without `fps` they are `frames` frames in a row, at the clip's own rate.
 
     Raises:
-        ValueError: the clip is shorter than that; frames are never made up at its end.
+        ValueError: the clip is shorter than that, for frames are never made up at its end; or its times run backwards.
     """
 
     fps: float | None
@@ -164,7 +164,7 @@ class CommonFps:
             first = (at * (count - self.frames) + Fraction(1, 2)).__floor__()
             return list(range(first, first + self.frames))
         step = 1 / _exact(self.fps)
-        start = at * max(timeline.end - self.frames * step, 0)
+        start = at * max(timeline.end - self.frames * step, Fraction(0))
         return [timeline.shown(start + k * step) for k in range(self.frames)]
 
     def longest(self, timeline: Timeline) -> int:

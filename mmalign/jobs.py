@@ -30,6 +30,9 @@ FAMILIES = {
     "cogvideox": "CogVideoX 2B, 5B and 1.5 text-to-video: transformer over space and time, v prediction, T5",
     "hunyuan_video": "HunyuanVideo text-to-video: flow matching, LLaMA and CLIP, guidance as an input",
     "ltx": "LTX-Video text-to-video: flow matching, packed tokens, strongly compressing autoencoder, T5",
+    "wan_i2v": "Wan 2.1 image-to-video: told the first frame, in latents and by a vision tower",
+    "cogvideox_i2v": "CogVideoX image-to-video (5B, 1.5): told the first frame's latents",
+    "ltx_i2v": "LTX-Video image-to-video: the first frame stays as it is",
     "animatediff": "AnimateDiff: Stable Diffusion 1.x with motion modules, eps prediction, an autoencoder of pictures",
 }
 
@@ -38,9 +41,18 @@ FAMILIES = {
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Family = Literal[
     "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",
-    "ltx", "animatediff",
-    "open_clip", "image_reward", "qwen2_vl",
+    "ltx", "wan_i2v", "cogvideox_i2v", "ltx_i2v", "animatediff",
+    "open_clip", "image_reward", "qwen2_vl", "latent",
 ]  # fmt: skip
+
+
+class Vae(Strict):
+    """How the autoencoder works through a batch; both save memory."""
+
+    slicing: bool = Field(False, description="one picture or clip at a time; the results are the same")
+    tiling: bool = Field(
+        False, description="large pictures in overlapping tiles that are blended: close to the whole, not equal to it"
+    )
 
 
 class Model(Strict):
@@ -56,6 +68,11 @@ class Model(Strict):
     guidance: float | None = Field(
         None, ge=0, description="told to guidance-distilled models (FLUX.1-dev) in training; default 1: the data's own"
     )
+    expert: Literal["high", "low"] | None = Field(
+        None,
+        description="of two transformers (Wan 2.2 A14B) the one for high or low noise: it is trained, or has the LoRA",
+    )
+    vae: Vae = Vae()
     components: dict[str, Path] = Field({}, description="replace single parts, e.g. {vae: path/to/vae}")
     from_scratch: tuple[str, ...] = Field(
         (), description="parts to initialise at random from their config.json, e.g. [unet, vae]"
@@ -72,7 +89,9 @@ class Shapes(Strict):
         None, min_length=1, max_length=3,
         description="share of one, two and three shapes; default: 0.6, 0.3, 0.1 of pictures, 0.75, 0.25 of clips",
     )  # fmt: skip
-    annotator: str = Field("faithful", description="who judges the pairs, for tasks that need pairs")
+    annotator: str | None = Field(
+        None, description="who judges, for tasks on preferences; default: faithful of pictures, balanced of clips"
+    )
     votes: PositiveInt = Field(1, description="how often each pair is judged; the label is the winner's share of votes")
     per_prompt: int = Field(2, ge=2, description="pictures of each caption, for objectives on lists and rewards")
 
@@ -160,10 +179,11 @@ class Data(Strict):
             raise ValueError("give data.dimension or data.dimensions, not both")
         if self.axes and (self.dimension is not None or self.dimensions is not None):
             raise ValueError("give data.axes, or data.dimension or data.dimensions, not both")
-        if self.axes and (self.ties == "half" or self.pairing == "across" or self.shapes is not None):
+        pictures = self.shapes is not None and self.frames is None
+        if self.axes and (self.ties == "half" or self.pairing == "across" or pictures):
             raise ValueError(
                 "data.axes keeps the judgements of a table's row together; use ties: soft or drop, pairing: within, "
-                "and no shapes"
+                "and of the shapes world clips (data.frames)"
             )
         if self.dimensions is not None and (
             min(self.dimensions.values(), default=0) < 0 or not sum(self.dimensions.values())
@@ -202,6 +222,9 @@ class Optim(Strict):
     compile: bool = Field(False, description="torch.compile the denoiser; the first steps are slow")
     compile_backend: str = Field("inductor", description="of torch.compile")
     train_text_encoder: bool = Field(False, description="full fine-tuning only")
+    offload: tuple[Literal["vae", "text_encoder", "reference"], ...] = Field(
+        (), description="frozen parts that wait in CPU memory, and are on the device only while they are used"
+    )
 
 
 class EMA(Strict):
@@ -227,6 +250,9 @@ class Validation(Strict):
 
 class Log(Strict):
     every: PositiveInt = Field(1, description="optimiser steps between records")
+    memory: bool = Field(
+        True, description="at the end of a run, estimated against measured peak memory in run.json (seconds)"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         ("tensorboard",), description="metrics.jsonl is always written"
     )
@@ -276,6 +302,7 @@ class TrainConfig(Strict):
         if isinstance(self.loss, Preference):
             self._guarded(self.loss)
         self._scaled()
+        self._offloaded()
         self._fitted()
         return self
 
@@ -286,8 +313,9 @@ class TrainConfig(Strict):
                 raise ValueError(f"task reward fits the families {', '.join(REWARD_FAMILIES)}, not {family}")
             if self.lora and self.lora.init:
                 raise ValueError("lora.init is for denoisers; to go on with a scorer, give its export as model.path")
-            if family == "qwen2_vl" and self.model.from_scratch:
-                raise ValueError("model.from_scratch: a VLM is not trained from nothing; drop it")
+            if family in ("qwen2_vl", "latent") and self.model.from_scratch:
+                what = "a VLM" if family == "qwen2_vl" else "what reads latents"
+                raise ValueError(f"model.from_scratch: {what} is not trained from nothing; drop it")
             check_reward(
                 self.reward, self.loss, self.data.axes, family, self.lora is not None, ties=self.data.ties,
                 across=self.data.pairing == "across",
@@ -350,6 +378,23 @@ class TrainConfig(Strict):
                 "sharding: none"
             )
 
+    def _offloaded(self) -> None:
+        wanted = self.optim.offload
+        if not wanted:
+            return
+        if self.task not in ("preference", "sft"):
+            raise ValueError(f"optim.offload is for the tasks preference and sft; drop it from task {self.task}")
+        if self.sharding != "none":
+            raise ValueError("optim.offload keeps whole parts in CPU memory, and sharding: fsdp2 cuts them; drop one")
+        if "text_encoder" in wanted and self.optim.train_text_encoder:
+            raise ValueError("optim.offload: a text encoder that is trained stays on the device; drop one of the keys")
+        if "reference" in wanted and self.optim.compile:
+            raise ValueError(
+                "optim.offload: a compiled reference stays on the device; drop reference, or optim.compile"
+            )
+        if "reference" in wanted and (self.task == "sft" or self.reference.kind == "adapter_off"):
+            raise ValueError("optim.offload: there is no second model as reference to put away; drop reference")
+
     def _guarded(self, loss: Preference) -> None:
         guards, cached = self.guards, self.reference.kind == "cached"
         if cached and ("drift" in loss.needs or guards.anchor or guards.velocity):
@@ -389,6 +434,7 @@ class Sampling(Strict):
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    provenance: bool = Field(True, description="keep prompt, seed, settings and hashes of the weights in each file")
 
     @model_validator(mode="after")
     def _guided(self) -> Self:

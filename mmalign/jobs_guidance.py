@@ -15,6 +15,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, RewardSpec
 
+LATENT = "latent_reward"
+"""The evaluator whose network `nrg` follows."""
+
 
 class Strategy(Strict):
     """What all strategies have: the rewards that they follow, and what is reported beside.
@@ -25,6 +28,7 @@ class Strategy(Strict):
 
     function: ClassVar[str]
     gradients: ClassVar[bool] = False
+    any_reward: ClassVar[bool] = True  # whether it takes every evaluator
     lower: ClassVar[str | None] = None
     sets: ClassVar[bool] = False  # whether all pictures of a prompt are chosen together, as a batch of their own
 
@@ -86,6 +90,64 @@ class Search(Strategy):
         return self
 
 
+class Particles(Strategy):
+    """Particles that are weighed and resampled on the way: Feynman-Kac steering (2501.06848), tempered SMC (DAS)."""
+
+    function: ClassVar[str] = "mmalign.guidance.particles:particles"
+    lower: ClassVar[str | None] = "strength"
+    kind: Literal["particles"] = "particles"
+    method: Literal["fk", "smc"] = Field("fk", description="fk: by potentials; smc: tempered, DAS (2501.05803)")
+    n: Annotated[int, Field(ge=2)] = Field(4, description="particles for each picture that is kept")
+    strength: PositiveFloat = Field(
+        10.0, description="lambda: the target is what the model draws times exp(lambda reward)"
+    )
+    potential: Literal["difference", "max", "sum"] = Field(
+        "max", description="fk: of the reward now and before, of the highest so far, of the sum so far"
+    )
+    gamma: PositiveFloat = Field(0.1, description="smc: temperatures are (1 + gamma)^k - 1 after k steps, at most 1")
+    gradient: bool = Field(
+        False, description="smc: steps are pushed up the reward's gradient, and weights take it into account"
+    )
+    every: PositiveInt = Field(4, description="steps between looks at the particles")
+    start: float = Field(0.2, ge=0, le=1, description="share of the trajectory before which there is no look")
+    stop: float = Field(0.9, ge=0, le=1, description="share of the trajectory after which there is none but the last")
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="resample where the effective sample size is below this share of n; 0 never"
+    )
+    eta: float = Field(1.0, gt=0, le=1, description="noise of the steps: 1 is ancestral sampling, 0 would be DDIM")
+    choose: Literal["best", "draw"] = Field("best", description="which is kept: the best, or one drawn by weight")
+
+    @model_validator(mode="after")
+    def _pushed(self) -> Particles:
+        if self.gradient and self.method != "smc":
+            raise ValueError("guidance.gradient belongs to method: smc; use it, or drop gradient")
+        if self.start > self.stop:
+            raise ValueError(f"guidance.start ({self.start}) must not be after guidance.stop ({self.stop})")
+        return self
+
+
+class NoiseOptimisation(Strategy):
+    """Gradient ascent on the initial noise, through all steps: ReNO (2406.04312) and DOODL (2303.13703)."""
+
+    function: ClassVar[str] = "mmalign.guidance.noise_ascent:noise_ascent"
+    any_reward: ClassVar[bool] = False
+    gradients: ClassVar[bool] = True
+    lower: ClassVar[str | None] = "lr"
+    kind: Literal["noise"] = "noise"
+    method: Literal["reno", "doodl"] = Field(
+        "reno", description="reno: pulled to the length that noise has; doodl: put back to it, and the gradient scaled"
+    )
+    iterations: PositiveInt = Field(20, description="of ascent, each a whole trajectory forth and back")
+    lr: PositiveFloat = Field(5.0, description="5 in ReNO's code for one-step models")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov's")
+    max_grad_norm: PositiveFloat = Field(0.1, description="of each picture's gradient")
+    length: float = Field(0.01, ge=0, description="reno: weight of the log likelihood of the noise's length")
+    drift: float = Field(0.0, ge=0, description="weight of the mean squared distance from the first noise")
+    checkpoint: bool = Field(
+        True, description="keep the latents of each step alone and compute the rest again: one step's memory for all"
+    )
+
+
 class Neighbourhood(Strategy):
     """Draw n pictures and keep the one on which the weights around the wished ones agree (after 2510.20498)."""
 
@@ -145,10 +207,73 @@ class Diversity(Strategy):
         return self
 
 
+class NRG(Strategy):
+    """Flow-NRG: lead each prediction by the gradient of rewards that know noisy latents (2501.13918)."""
+
+    function: ClassVar[str] = "mmalign.guidance.nrg:nrg"
+    any_reward: ClassVar[bool] = False
+    lower: ClassVar[str | None] = "scale"
+    kind: Literal["nrg"] = "nrg"
+    scale: float = Field(1.0, ge=0, description="w, of the gradient; an axis' share of it is the weight of its reward")
+    skip_above: float = Field(
+        0.95, gt=0, le=1, description="share of the schedule above which nothing is led: pure noise says nothing"
+    )
+    max_ratio: PositiveFloat = Field(
+        10.0, description="noise over signal, t / (1 - t) of a flow, counts as this at most; it grows without bound"
+    )
+
+    @model_validator(mode="after")
+    def _on_latents(self) -> NRG:
+        others = [spec.name for spec in self.rewards if spec.name != LATENT]
+        if others:
+            raise ValueError(
+                f"rewards: {others[0]} scores finished media, and nrg follows rewards of noisy latents; use {LATENT} "
+                "(fitted by task: reward with model.family: latent), or kind: gradient for any differentiable evaluator"
+            )
+        lacking = [spec for spec in self.rewards if "model" not in spec.params]
+        if lacking:
+            raise ValueError(f"rewards: {LATENT} needs params: {{model: the export/ folder of its run}}")
+        return self
+
+
+class Gradient(Strategy):
+    """Lead each prediction by the gradient of differentiable evaluators at the decoded estimate (2302.07121)."""
+
+    function: ClassVar[str] = "mmalign.guidance.gradient:gradient"
+    any_reward: ClassVar[bool] = False
+    gradients: ClassVar[bool] = True
+    lower: ClassVar[str | None] = "scale"
+    kind: Literal["gradient"] = "gradient"
+    scale: float = Field(
+        0.1,
+        ge=0,
+        description="how far a prediction is moved, relative to its length; without normalise, of the gradient",
+    )
+    normalise: bool = Field(True, description="moves of the same relative length at every step, whatever the unit")
+    through_denoiser: bool = Field(
+        True, description="the gradient by noisy latents; false: by the estimate alone, which takes less memory"
+    )
+    recurrence: PositiveInt = Field(1, description="how often a guided step is taken, its end noised again in between")
+    start: float = Field(0.9, gt=0, le=1, description="share of the schedule from which on predictions are led")
+    stop: float = Field(0.0, ge=0, lt=1, description="share of the schedule below which they are no longer")
+    max_ratio: PositiveFloat = Field(10.0, description="without normalise: noise over signal counts as this at most")
+    checkpoint: bool = Field(False, description="decode a second time for the gradient, which takes less memory")
+
+    @model_validator(mode="after")
+    def _range(self) -> Gradient:
+        if self.stop >= self.start:
+            raise ValueError(f"stop ({self.stop:g}) is not below start ({self.start:g}): no step would be led")
+        return self
+
+
 # fmt: off
 Guidance = Annotated[
     BestOfN
     | Search
+    | NRG
+    | Gradient
+    | Particles
+    | NoiseOptimisation
     | Neighbourhood
     | Diversity,
     Field(discriminator="kind"),

@@ -24,6 +24,7 @@ REWARD_FAMILIES = {
     "open_clip": "CLIP in an open_clip folder: two towers; cosine, or any head on their embeddings",
     "image_reward": "ImageReward: a BLIP whose text encoder reads the picture too, with its own head",
     "qwen2_vl": "Qwen2-VL with special tokens at which its own head reads scores, as HPSv3 and VideoReward",
+    "latent": "the first blocks of a generator with a head that knows the time, on noisy latents (Flow-NRG's)",
 }
 """Families that `task: reward` fits, for `model.family`; auto is open_clip."""
 
@@ -159,6 +160,25 @@ class Vlm(Strict):
         return tokens, text
 
 
+# --------------------------------------------------------------------------------------------------------- latents
+class Latent(Strict):
+    """A reward on noisy latents, for model.family: latent, whose model.path is a generator's folder."""
+
+    blocks: PositiveInt = Field(
+        4,
+        description="K, how many of the denoiser's first blocks; of a UNet down blocks, and the middle one after them",
+    )
+    pooling: Literal["mean", "attention"] = Field("mean", description="of tokens; attention: with a query per axis")
+    hidden: Widths = Field((256,), description="widths of the head's hidden layers")
+    dropout: Probability = 0.0
+    noised: bool = Field(
+        True, description="false: on clean latents alone, which guidance then meets as something that it has never seen"
+    )
+    noise: Literal["independent", "shared"] = Field(
+        "independent", description="noise of a pair's latents; their time is always the same (docs/guidance/nrg.md)"
+    )
+
+
 # -------------------------------------------------------------------------------------------------------- labels
 class Fold(Strict):
     """A part of the prompts that is left out, so that this model can judge it unseen."""
@@ -206,7 +226,9 @@ class Reward(Strict):
     """What is fitted, for task: reward."""
 
     train: Literal["all", "head"] = Field(
-        "all", description="head: towers are frozen, and what they say of every picture and prompt is computed once"
+        "all",
+        description="head: towers are frozen, and what they say of every picture and prompt is computed once (not of "
+        "noisy latents, which are drawn anew)",
     )
     unlocked_image: int | None = Field(
         None,
@@ -227,6 +249,7 @@ class Reward(Strict):
         False, description="filter when padding shrinks; HPS's authors did not (docs/scorers/hps.md). crop always does"
     )
     vlm: Vlm = Vlm()
+    latent: Latent = Latent()
     swap: Probability = Field(0.0, description="probability that a pair's media change places, and its label with them")
     fold: Fold | None = None
     denoise: Denoise | None = None
@@ -250,7 +273,10 @@ def check(
     problems = _of_family(reward, head.kind, loss, axes, family, lora)
     problems += [
         (head.kind == "own" and towers, "reward.head: own is for networks with a head; use cosine"),
-        (head.kind in ("cosine", "own") and reward.train == "head", "reward.train: head needs a head; use linear"),
+        (
+            head.kind in ("cosine", "own") and reward.train == "head" and family != "latent",
+            "reward.train: head needs a head; use linear",
+        ),
         (reward.train == "head" and partly, "reward.train: head freezes both towers; drop unlocked_image and _text"),
         (head.kind == "vpl" and reward.train != "head", "reward.head: vpl needs frozen towers; set reward.train: head"),
         (isinstance(head, GPM) and head.gate and not towers, "reward.head.gate needs two towers; set it to false"),
@@ -294,13 +320,25 @@ def _of_family(
          f"{head} on an open_clip folder"),
         (family not in TWO_TOWERS and prepared, f"{family} has its own pixels; drop reward.resize and antialias"),
         (family != "qwen2_vl" and reward.vlm != Vlm(), f"reward.vlm is for model.family: qwen2_vl, not {family}"),
-        (family != "qwen2_vl" and lora, f"lora is not for {family} under task reward; drop it, or use "
+        (family != "latent" and reward.latent != Latent(), f"reward.latent is for model.family: latent, not {family}"),
+        (family not in ("qwen2_vl", "latent") and lora, f"lora is not for {family} under task reward; drop it, or use "
          "reward.unlocked_image"),
         (lora and reward.unlocked_text is not None, "lora trains adapters in the language model, whose own layers stay "
          "as they are; drop reward.unlocked_text"),
         (family == "image_reward" and (spread or bool(axes)), "image_reward gives one number; drop data.axes and use "
          "another loss.kind than gaussian_bt, or use model.family: qwen2_vl"),
     ]  # fmt: skip
+    if family == "latent":
+        partly = reward.unlocked_image is not None or reward.unlocked_text is not None
+        problems += [
+            (partly, "reward.unlocked_image and _text are for towers; a generator's blocks are trained whole (train: "
+             "all), by lora, or not at all (train: head)"),
+            (lora and reward.train == "head", "lora trains adapters in the blocks, and reward.train: head freezes "
+             "them; drop one"),
+            (spread and len(axes) > 1, "loss.kind gaussian_bt has one score with its spread; drop data.axes"),
+            (reward.denoise is not None, "reward.denoise asks scorers of pictures, and is not built for latents; "
+             "drop it"),
+        ]  # fmt: skip
     if family == "qwen2_vl":
         count = len(reward.vlm.asked(axes)[0])
         problems += [

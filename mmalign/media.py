@@ -15,14 +15,14 @@ import importlib.metadata
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from mmalign.source import (
     MIN_SIDE,
@@ -77,6 +77,7 @@ __all__ = [
     "content_hash",
     "decoder_fingerprint",
     "image_size",
+    "image_text",
     "is_video",
     "read_bytes",
     "read_image",
@@ -273,10 +274,28 @@ def _not_an_image(head: bytes) -> str:
     return "is truncated or damaged in its header, or of a rare kind; write it again as PNG or JPEG, or drop the row"
 
 
-def write_image(path: str | Path, image: np.ndarray) -> None:
+def image_text(source: Source) -> dict[str, str]:
+    """The texts that a PNG has before its pixels, by their keywords; none for other images. No pixel is decoded.
+
+    MediaError as in `read_image` for what has no header that can be read.
+    """
+    with opened(source, MAX_IMAGE_BYTES) as file:
+        try:
+            with _open_image(file) as image:
+                held = image.info if image.format == "PNG" else {}
+                return {str(key): str(value) for key, value in held.items() if isinstance(value, str)}
+        except UnidentifiedImageError:
+            raise MediaError(name_of(source), _not_an_image(head_of(source))) from None
+        except Exception as error:  # as in `read_image`
+            problem = f"is damaged in its header ({error}); write or download it again"
+            raise MediaError(name_of(source), problem) from error
+
+
+def write_image(path: str | Path, image: np.ndarray, text: Mapping[str, str] | None = None) -> None:
     """Write uint8 [H, W, 3] RGB as .png or .webp (both lossless) or .jpg (quality 95, no chroma subsampling).
 
-    The file appears whole or not at all. ValueError for another dtype, shape or suffix.
+    `text` becomes a PNG's text chunks, by keyword; the pixels are encoded as without. The file appears whole or not at
+    all. ValueError for another dtype, shape or suffix, or text for what is no PNG.
     """
     path = Path(path)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -291,6 +310,13 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     options[".jpeg"] = options[".jpg"]
     if path.suffix.lower() not in options:
         raise ValueError(f"{path}: cannot write {path.suffix or 'a file without suffix'!r}; use .png, .webp or .jpg")
+    if text:
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"{path}: text is kept in PNG alone; use .png")
+        chunks = PngImagePlugin.PngInfo()
+        for keyword, value in text.items():
+            chunks.add_text(keyword, value)
+        options[".png"]["pnginfo"] = chunks
     with whole_file(path) as temporary:
         Image.fromarray(np.ascontiguousarray(image)).save(temporary, **options[path.suffix.lower()])
 

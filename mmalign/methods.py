@@ -6,9 +6,9 @@ A new objective is a pure function in `mmalign/losses`, a class here and its nam
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mmalign.methods_reward import (
     BTT,
@@ -65,6 +65,22 @@ class WithBeta(Preference):
     kappa: PositiveFloat = Field(
         0.5, description="factor in the logit; 0.5 in the paper's code, 1 in the diffusers SD1.5 script"
     )
+    beta_elements: PositiveInt | None = Field(
+        None, description="numbers in the latents that beta is meant for: it is scaled to those of each batch, so that "
+        "its strength per element holds over resolutions and lengths; with reduction mean",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _scaled(self) -> Self:
+        if self.beta_elements and self.reduction == "sum":
+            raise ValueError(
+                "loss.beta_elements scales beta for mean errors; with reduction: sum it is per element already: drop it"
+            )
+        return self
+
+    def beta_for(self, beta: float, elements: int) -> float:
+        """beta for latents of so many numbers."""
+        return beta * elements / self.beta_elements if self.beta_elements else beta
 
     def refuses(self) -> dict[str, str]:
         return {} if self.items == "pairs" else {"drop_saturated": NO_PAIRS}

@@ -139,6 +139,7 @@ class Process:
         shift: float = 1.0,
         low: float = 0.0,
         high: float = 1.0,
+        within: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """Timesteps [count] on the CPU, drawn by a density of u in (0, 1), the share of the schedule.
 
@@ -147,9 +148,19 @@ class Process:
                 (2403.03206, section 3.1; flow by default).
             shift: of flow times, see `shifted`.
             low, high: the draw is scaled to this part of the schedule.
+            within: flow times [a, b) that it is conditioned on, shift included; with b = 1 this is part of it too.
+
+        Raises:
+            ValueError: no time that could be drawn is within.
         """
         if density is None:
             density = "logit_normal" if self.kind == "flow" else "uniform"
+        if within != (0.0, 1.0):
+            assert self.kind == "flow"
+            u = _conditioned(count, generator, density, mean, std, shift, (low, high), within)
+            first, last = (torch.tensor(bound, dtype=torch.float32) for bound in within)
+            end = torch.nextafter(last, first) if within[1] < 1 else last
+            return shifted(u, shift).float().clamp(max(first.item(), 1e-4), end.item())
         whole = (low, high) == (0.0, 1.0)
         if self.alphas_cumprod is not None and density == "uniform" and whole:
             return torch.randint(0, len(self.alphas_cumprod), (count,), generator=generator)
@@ -166,6 +177,26 @@ class Process:
 def shifted(t: Tensor, shift: float) -> Tensor:
     """Flow times moved towards the noise: s t / (1 + (s - 1) t) (2403.03206, equation 23). s = 1 changes nothing."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def _conditioned(
+    count: int, generator: torch.Generator, density: Density, mean: float, std: float, shift: float,
+    scaled: tuple[float, float], within: tuple[float, float],
+) -> Tensor:  # fmt: skip
+    """Shares of the schedule [count], float64, whose shifted times lie within; by the inverse of the distribution."""
+    low, high = scaled
+    times = torch.tensor(within, dtype=torch.float64)
+    ends = ((times / (shift - (shift - 1) * times) - low) / (high - low)).clamp(0, 1)
+    if density == "logit_normal":
+        ends = torch.special.ndtr((ends.logit() - mean) / std)
+    if not ends[0] < ends[1]:
+        raise ValueError(
+            f"timesteps.low {low:g} and high {high:g} leave no time between {within[0]:g} and {within[1]:g}, which is "
+            "the part of the schedule that this model is for; drop them"
+        )
+    q = ends[0] + (ends[1] - ends[0]) * torch.rand(count, generator=generator, dtype=torch.float64)
+    u = torch.special.ndtri(q).mul(std).add(mean).sigmoid() if density == "logit_normal" else q
+    return low + (high - low) * u
 
 
 def dynamic_shift(tokens: int, scheduler: dict[str, float | str]) -> float:

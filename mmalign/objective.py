@@ -19,7 +19,11 @@ class Objective(Strict):
     task: ClassVar[str]
     function: ClassVar[str]
     parameterisations: ClassVar[tuple[str, ...]] = ALL
-    of_task: ClassVar[tuple[str, ...]] = ("kind", "reduction")  # settings that the task uses, not the function
+    of_task: ClassVar[tuple[str, ...]] = (
+        "kind",
+        "reduction",
+        "beta_elements",
+    )  # settings that the task uses, not the function
 
     def own(self) -> dict[str, Any]:
         """The settings that the function takes."""

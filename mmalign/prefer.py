@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from mmalign.source import whole_file
 from mmalign.tables import Dropped, MediaRow, PreferenceRow, write_media_table, write_preferences
 
 SOURCE = "prefer"  # of the rows that this job writes
+_Fact = TypeVar("_Fact")
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,17 @@ def _row(each: Ranked, columns: Sequence[str], members: Sequence[int], weight: f
     media = tuple(_ref(each.group.rows[i]) for i in members)
     scores = {PHI: tuple(float(each.phi[i]) for i in members)}
     scores |= {name: tuple(float(each.scores[i, n]) for i in members) for n, name in enumerate(columns)}
-    return PreferenceRow(each.group.prompt, media, scores=scores, weight=round(weight, 12), source=SOURCE)
+    rows = [each.group.rows[i] for i in members]
+    return PreferenceRow(
+        each.group.prompt, media, scores=scores, weight=round(weight, 12), source=SOURCE,
+        fps=_known([row.fps for row in rows]), num_frames=_known([row.num_frames for row in rows]),
+        models=_known([row.model for row in rows]),
+    )  # fmt: skip
+
+
+def _known(values: Sequence[_Fact | None]) -> tuple[_Fact | None, ...] | None:
+    """As a preference row has them: nothing at all where nothing is known."""
+    return tuple(values) if any(value is not None for value in values) else None
 
 
 def _ref(row: MediaRow) -> MediaRef:
@@ -383,7 +394,7 @@ def _identity(config: PreferConfig, jobs: Sequence[Job]) -> dict[str, str]:
         for spec, job in zip(config.rewards, jobs, strict=True)
     ]
     sources = [
-        source.model_dump(mode="json", exclude={"model", "batch_size", "device"})
+        source.model_dump(mode="json", exclude={"model", "batch_size", "device", "provenance"})
         | ({} if isinstance(source, SampleSource) else {"table": content(source.table)})
         for source in config.sources
     ]

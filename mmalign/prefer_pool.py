@@ -149,18 +149,27 @@ def _former(relabel: Relabel, limit: int | None) -> Pool:
         if len(refs) < 2:
             dropped.append(Dropped(former[0].origin, TOO_FEW, "all its media are one and the same"))
             continue
+        first = former[0]
         members = tuple(
-            _media_row(ref, prompt, names.setdefault((prompt, ref), f"{len(names):06d}"), number)
-            for ref in dict.fromkeys(former[0].media)
+            _media_row(first, place, names.setdefault((prompt, ref), f"{len(names):06d}"), number)
+            for place, ref in enumerate(first.media)
+            if ref not in first.media[:place]
         )
         lists.append(PictureList(prompt, members, tuple(former)))
     return Pool(lists, dropped)
 
 
-def _media_row(ref: MediaRef, prompt: str, name: str, group: int) -> MediaRow:
-    clip = ref.row is None and Path(ref.file).suffix.lower() in VIDEO_SUFFIXES
-    media = ref.file if ref.row is None else ref
-    return MediaRow(name, prompt, media, modality="video" if clip else "image", group=f"{group:06d}")
+def _media_row(row: PreferenceRow, place: int, name: str, group: int) -> MediaRow:
+    """A medium of a row; a clip by its suffix, or since the row says how fast it plays or how long it is."""
+    ref = row.media[place]
+    fps = row.fps[place] if row.fps else None
+    num_frames = row.num_frames[place] if row.num_frames else None
+    model = row.models[place] if row.models else None
+    clip = (ref.row is None and Path(ref.file).suffix.lower() in VIDEO_SUFFIXES) or fps or num_frames
+    return MediaRow(
+        name, row.prompt, ref.file if ref.row is None else ref, modality="video" if clip else "image",
+        group=f"{group:06d}", model=model, fps=fps, num_frames=num_frames,
+    )  # fmt: skip
 
 
 def content(path: Path) -> str:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from mmalign import labelling
 from mmalign.agreement import mean_entry, share_entry
 from mmalign.figures import number
-from mmalign.formats import counted
 from mmalign.jobs_prefer import PHI
+from mmalign.preference_row import counted
 from mmalign.tables import Dropped, PreferenceRow
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """One self-contained HTML page about scored results: figures with intervals, pictures, curves, and how they were made.
 
-The page fetches nothing and runs no script, and its content security policy forbids both; pictures are inside it. Every
-text that came from a table, a config or a model name is escaped.
+The page fetches nothing and runs no script but the one that plays clips, where there are some; its content security
+policy forbids all else. Pictures and clips are inside it. Every text that came from a table, a config or a model name
+is escaped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from markupsafe import Markup
 
 from mmalign.compare import Comparison, PairBy, ScoreComparison, cluster, compare, pair_rows
 from mmalign.figures import number, p_value, printable, share_interval, signed_interval
-from mmalign.report_media import Thumbnails
+from mmalign.report_media import Thumbnails, script
 from mmalign.report_plots import SERIES, histogram
 from mmalign.report_run import training_section
 from mmalign.results import Results, causes, distinct_names, flat, is_ok, read_results
@@ -102,7 +103,8 @@ def _render(page: dict[str, Any]) -> str:
         "svg": Markup,  # our own drawings, in which report_plots has escaped all text
     }
     template = files("mmalign").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(page)
+    text, digest = script("clips.js")
+    return environment.from_string(template).render(page, script=text, digest=digest)
 
 
 def _printable(value: Any) -> Any:

@@ -1,33 +1,42 @@
-"""Thumbnails for the report: small enough that hundreds fit in a page, and never silently missing."""
+"""What the pages show: thumbnails, small enough that hundreds fit in one and never silently missing; and scripts."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import tempfile
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
+from mmalign.frame_plans import CommonFps, Timeline
 from mmalign.results import Results
 
 PIXEL_ART = 128  # images up to this size are kept as they are and enlarged without blurring
 _CLIPS = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
-# (longest side, WebP quality) and (frames, longest side, quality), tried in turn until the limit is met.
+# (longest side, WebP quality) and (share of the longest side, CRF), tried in turn until the limit is met.
 _IMAGE_STEPS = ((256, 80), (256, 60), (208, 50), (160, 40), (112, 30))
-_CLIP_STEPS = ((8, 160, 50), (6, 144, 35), (4, 128, 30), (3, 112, 20))
+_CLIP_STEPS = ((1.0, 18), (1.0, 26), (0.83, 31), (0.7, 36), (0.6, 42))
+_CLIP_SIDE, _CLIP_FRAMES = 192, 48
+# Of clips that have to be judged: frames per second and frames at most, CRFs in turn, and the limit of bytes.
+_JUDGED_FPS, _JUDGED_FRAMES, _JUDGED_CRFS, _JUDGED_BYTES = 30, 240, (18, 23, 28), 3_000_000
 
 
 @dataclass
 class Thumbnail:
-    """What a tile shows: a data URI, or why there is none."""
+    """What a tile shows: a picture (of a clip the first frame) as a data URI, or why there is none; and the clip."""
 
     uri: str | None
     reason: str = ""
     width: int = 1
     height: int = 1
     crisp: bool = False
+    video: str | None = None
 
 
 @dataclass
@@ -48,6 +57,11 @@ class Thumbnails:
         """How many different media were asked for, those that failed among them."""
         return len(self._made)
 
+    @property
+    def clips(self) -> bool:
+        """Whether any of them is a clip."""
+        return any(made.video for made in self._made.values())
+
     def of(self, results: Results, row: dict[str, Any]) -> Thumbnail:
         """The thumbnail of a result row's media."""
         key = (results.folder, str(row["media"]))
@@ -60,7 +74,7 @@ class Thumbnails:
 
         try:
             source, clip = self._find(results, row)
-            return _clip(source, self.limit) if clip else _image(source, self.limit)
+            return thumbnail(source, clip, self.limit)
         except MediaError as error:
             self.failures[str(row["media"])] = str(error)
             return Thumbnail(None, str(error))
@@ -88,20 +102,62 @@ class Thumbnails:
         return self._tables[table]
 
 
-def inline(source: Any, side: int, quality: int = 85) -> Thumbnail:
-    """A picture of at most `side` pixels for a page on which it has to be judged; a clip becomes a small moving one.
+def script(*names: str) -> tuple[Markup, str]:
+    """Scripts of this package as one, and the source under which a content security policy lets it run."""
+    text = "".join(files("mmalign").joinpath(name).read_text(encoding="utf-8") for name in names)
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Markup(text), f"sha256-{digest}"
 
-    MediaError if it cannot be read.
+
+def thumbnail(source: Any, clip: bool, limit: int) -> Thumbnail:
+    """A picture or clip in some `limit` bytes. MediaError if it cannot be read."""
+    return _clip(source, limit) if clip else _image(source, limit)
+
+
+def inline(source: Any, side: int, quality: int = 85) -> Thumbnail:
+    """A picture or clip of at most `side` pixels for a page on which it has to be judged. MediaError if unreadable.
+
+    A clip has all its frames, so that its motion can be seen: at its own rate, one of variable rate as it plays at 30
+    frames per second, no faster than that, and of more than 240 frames so many evenly.
     """
     from mmalign.media import is_video, read_image
 
     if is_video(source):
-        return _clip(source, 20 * 14_000)
+        return _judged_clip(source, side)
     image = Image.fromarray(read_image(source))
     if max(image.size) <= PIXEL_ART:
-        return _tile(_encode([image], lossless=True), image.size, crisp=True)
+        return _tile(_encode(image, lossless=True), image.size, crisp=True)
     small = _fit(image, side)
-    return _tile(_encode([small], quality=quality), small.size)
+    return _tile(_encode(small, quality=quality), small.size)
+
+
+@dataclass(frozen=True)
+class _Played:
+    """Frame plan: a clip as it plays on the page."""
+
+    def rate(self, timeline: Timeline) -> float:
+        own = float(_JUDGED_FPS) if timeline.variable else timeline.rate
+        return min(own, _JUDGED_FPS, _JUDGED_FRAMES / max(float(timeline.end), 0.001))
+
+    def on(self, timeline: Timeline) -> list[int]:
+        rate = self.rate(timeline)
+        return CommonFps(rate, CommonFps(rate, 1).longest(timeline)).on(timeline)
+
+
+def _judged_clip(source: Any, side: int) -> Thumbnail:
+    from mmalign.video import read_frames
+
+    plan: Any = _Played()
+    found = read_frames(source, plan)
+    small = {index: _even(Image.fromarray(pixels), side) for index, pixels in found.picked.items()}
+    frames, rate = [small[index] for index in found.indices], plan.rate(found.timeline)
+    crisp = max(frames[0].size) <= PIXEL_ART
+    data = b""
+    for crf in _JUDGED_CRFS:
+        data = _mp4(frames, rate, crf)
+        if len(data) <= _JUDGED_BYTES:
+            break
+    return _with_clip(_tile(_encode(frames[0], quality=60, lossless=crisp), frames[0].size, crisp), data)
 
 
 def _image(source: Any, limit: int) -> Thumbnail:
@@ -109,30 +165,55 @@ def _image(source: Any, limit: int) -> Thumbnail:
 
     image = Image.fromarray(read_image(source))
     if max(image.size) <= PIXEL_ART:
-        data = _encode([image], lossless=True)
+        data = _encode(image, lossless=True)
         if len(data) <= limit:
             return _tile(data, image.size, crisp=True)
     for side, quality in _IMAGE_STEPS:
         small = _fit(image, side)
-        data = _encode([small], quality=quality)
+        data = _encode(small, quality=quality)
         if len(data) <= limit:
             break
     return _tile(data, small.size)
 
 
-def _clip(source: Any, limit: int) -> Thumbnail:
-    """A few frames as an animated WebP that takes as long as the clip, at most four seconds."""
-    from mmalign.media import Uniform
-    from mmalign.video import read_video
+def _clip(source: Any, limit: int, side: int = _CLIP_SIDE) -> Thumbnail:
+    """A small H.264 clip that takes as long as the real one, and its first frame; it has no sound and no tags."""
+    from mmalign.media import Uniform, clip_facts, read_video
 
-    for count, side, quality in _CLIP_STEPS:
-        clip = read_video(source, Uniform(count))
-        frames = [_fit(Image.fromarray(frame.permute(1, 2, 0).numpy()), side) for frame in clip.frames]
-        seconds = min(4.0, clip.num_frames / clip.fps) if clip.fps else 1.0
-        data = _encode(frames, quality=quality, milliseconds=max(40, round(1000 * seconds / count)))
-        if len(data) <= limit:
+    clip = read_video(source, Uniform(min(clip_facts(source).num_frames, _CLIP_FRAMES)))
+    frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clip.frames]
+    rate = min(60.0, max(0.1, clip.fps * len(frames) / clip.num_frames))
+    crisp = max(frames[0].size) <= PIXEL_ART
+    for share, crf in _CLIP_STEPS:
+        small = [_even(frame, max(side if crisp else 64, round(share * side))) for frame in frames]
+        poster, data = _encode(small[0], quality=60, lossless=crisp), _mp4(small, rate, crf)
+        if len(poster) + len(data) <= limit:
             break
-    return _tile(data, frames[0].size)
+    return _with_clip(_tile(poster, small[0].size, crisp), data)
+
+
+def _with_clip(tile: Thumbnail, data: bytes) -> Thumbnail:
+    tile.video = "data:video/mp4;base64," + base64.b64encode(data).decode("ascii")
+    return tile
+
+
+def _even(image: Image.Image, side: int) -> Image.Image:
+    """At most `side` long and even on both sides, as 4:2:0 wants, which every browser plays."""
+    width, height = (max(2, length - length % 2) for length in _fit(image, side).size)
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _mp4(frames: list[Image.Image], rate: float, crf: int) -> bytes:
+    import numpy as np
+    import torch
+
+    from mmalign.media import write_video
+
+    pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "clip.mp4")
+        write_video(path, pixels, rate, crf=crf)
+        return path.read_bytes()
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
@@ -141,16 +222,9 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _encode(
-    frames: list[Image.Image], *, quality: int = 80, lossless: bool = False, milliseconds: int | None = None
-) -> bytes:
+def _encode(image: Image.Image, *, quality: int = 80, lossless: bool = False) -> bytes:
     buffer = io.BytesIO()
-    moving: dict[str, Any] = (
-        {}
-        if milliseconds is None
-        else {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
-    )
-    frames[0].save(buffer, "WEBP", quality=quality, lossless=lossless, method=4, **moving)
+    image.save(buffer, "WEBP", quality=quality, lossless=lossless, method=4)
     return buffer.getvalue()
 
 

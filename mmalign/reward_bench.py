@@ -18,8 +18,8 @@ import numpy as np
 from mmalign import __version__, reward_scores
 from mmalign.agreement import mean_entry
 from mmalign.config import nearest
-from mmalign.formats import counted
 from mmalign.jobs_bench import BenchConfig, Counting
+from mmalign.preference_row import counted
 from mmalign.progress import track
 from mmalign.protocols.benchmarks import BENCHMARKS, Benchmark, headline
 from mmalign.protocols.correlations import pooled

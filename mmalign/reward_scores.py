@@ -15,10 +15,10 @@ from typing import Any, TypeGuard
 from mmalign import score
 from mmalign.config import nearest
 from mmalign.evaluation import resolve_device
-from mmalign.formats import OVERALL
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
 from mmalign.jobs_bench import BenchConfig, BenchEvaluator
 from mmalign.media_table import MediaRow, write_media_table
+from mmalign.preference_row import OVERALL
 from mmalign.protocols.sets import RewardSet
 from mmalign.protocols.suites import cut_grids
 from mmalign.records import Record, missing_columns, read_records

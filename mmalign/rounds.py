@@ -36,6 +36,7 @@ from mmalign.results import Results, is_ok, read_results, score_label
 from mmalign.runs import flat, pick_device
 from mmalign.source import whole_file
 from mmalign.tables import PreferenceRow
+from mmalign.tasks import sources
 from mmalign.tasks.preference import PreferenceTask
 
 _APART = 1_000_003  # between the seeds of two rounds: more than anybody draws for a prompt
@@ -192,9 +193,7 @@ def _labelled(config: TrainConfig, labels: PreferConfig, policy: Path | None, nu
         return own
     rows = tables.read_preferences(own, verify=False).rows  # every picture was scored
     data = config.data
-    assert data.table is not None
-    table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension)
-    offline = table.rows[: data.limit]
+    offline = sources.preferences(data).rows[: data.limit]
     count = round(len(rows) * online.offline_share / (1 - online.offline_share))
     used = sum(_offline_rows(config.output / _round_name(earlier)) for earlier in range(number))
     mixed = [*rows, *(_as_phi(row, data) for row in _chosen(offline, count, config.seed, used))]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mmalign import labelling
-from mmalign.formats import Verdict
 from mmalign.jobs_prefer import PHI, Route
 from mmalign.media_table import portable, to_json
+from mmalign.preference_row import Verdict
 from mmalign.records import MediaRef, Record, Records, json_lines, missing_columns, read_records
 from mmalign.report_media import inline
 from mmalign.source import whole_file
@@ -243,6 +243,7 @@ def merge(
     asked = dimension or asked_about(rows, table)
     given, blank, repeated = _given(answers, user)
     pairs = _known_pairs(rows, home, {name for name, _ in given})
+    facts = _facts(rows)
     unknown = tuple(dict.fromkeys(name for name, _ in given if name not in pairs))
     known = {key: verdict for key, verdict in given.items() if key[0] in pairs}
     if not known:
@@ -254,7 +255,8 @@ def merge(
     new: list[PreferenceRow] = []
     for (name, who), verdict in known.items():
         prompt, a, b = pairs[name]
-        row = PreferenceRow(prompt, (a, b), label={asked: verdict}, user_id=who, source=HUMAN)
+        told: dict[str, Any] = {name: both for name, of in facts.items() if any(both := (of.get(a), of.get(b)))}
+        row = PreferenceRow(prompt, (a, b), label={asked: verdict}, user_id=who, source=HUMAN, **told)
         contrary = {_said(replace(row, label={asked: other}), asked) for other in get_args(Verdict) if other != verdict}
         if who is not None and contrary & held:
             where = table if contrary & before else "the answers, with A and B in each other's place"
@@ -271,6 +273,15 @@ def merge(
 
 
 _Pair = tuple[str, frozenset[MediaRef]]
+
+
+def _facts(rows: Sequence[PreferenceRow]) -> dict[str, dict[MediaRef, Any]]:
+    """What the table says of its media: rate, number of frames, model -> medium -> value."""
+    found: dict[str, dict[MediaRef, Any]] = {"fps": {}, "num_frames": {}, "models": {}}
+    for row in rows:
+        for name, known in found.items():
+            known.update(zip(row.media, getattr(row, name) or (), strict=False))
+    return found
 
 
 def _replace(

@@ -28,6 +28,7 @@ from mmalign.source import whole_file
 _MAY_CHANGE = {"checkpoint", "validation", "log", "output", "device", "sharding"}
 _LAYOUT = {
     "optim.batch_size", "optim.accumulate", "optim.compile", "optim.compile_backend", "data.cache", "data.cache_dir",
+    "optim.offload", "model.vae.slicing",
 }  # fmt: skip
 """Keys that decide how a step is computed, but not of what: the number of items in a step is compared instead."""
 
@@ -161,6 +162,13 @@ def write_facts(config: TrainConfig, task: Any, parameters: int, processes: int)
     }
     (config.output / "run.json").write_text(json.dumps(facts, indent=2, default=str))
     print(f"{config.task}: {task.facts.get('data', '')}; training {parameters:,} parameters", file=sys.stderr)
+
+
+def add_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Adds to run.json, whole or not at all."""
+    path = folder / "run.json"
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps({**json.loads(path.read_text()), **facts}, indent=2, default=str))
 
 
 def peak_memory() -> int:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from mmalign import provenance, report_sheet
 from mmalign.config import dump
 from mmalign.guidance import sampling as guided
 from mmalign.guidance.summary import lines, summarise
 from mmalign.jobs import SampleConfig
 from mmalign.locks import alone_in, refuse_if_busy
-from mmalign.media import clip_facts, write_image, write_video
+from mmalign.media import clip_facts, read_image
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
@@ -28,6 +30,7 @@ from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import Record, missing_columns, read_records
 from mmalign.runs import pick_device, versions
+from mmalign.tasks.inputs import View, cut
 from mmalign.weights import files_hash
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,6 +43,7 @@ class Request:
     prompt: str
     seed: int
     group: str
+    image: Path | None = None  # that a clip goes on from
 
     @property
     def sample(self) -> str:
@@ -78,6 +82,28 @@ def read_prompts(path: Path) -> list[tuple[str, int | None]]:
     return rows
 
 
+def _with_images(config: SampleConfig, wanted: list[Request]) -> list[Request]:
+    """The requests with the picture that each goes on from: the column `image` of the prompts' table.
+
+    Raises:
+        ValueError: there is no such column, or a picture is missing.
+    """
+    path = find(config.prompts)
+    records = [] if path.suffix == ".txt" else list(read_records(path))[: config.limit]
+    found: dict[str, Path] = {}
+    for number, record in enumerate(records):
+        image = record.values.get("image")
+        if isinstance(image, str):
+            found[f"{number:06d}"] = path.parent / image  # an absolute path stays itself
+    for request in wanted:
+        if not (request.group in found and found[request.group].is_file()):
+            raise ValueError(
+                f"{config.model.path} draws clips that go on from a picture, and {path} has none for the prompt "
+                f"{request.prompt!r}: give a table (JSONL, CSV) with a column `image`, a path from the table's folder"
+            )
+    return [replace(request, image=found[request.group]) for request in wanted]
+
+
 def _prompt(record: Record) -> str:
     prompt = record.values["prompt"]
     if not isinstance(prompt, str):
@@ -95,7 +121,7 @@ def _seed(record: Record) -> int | None:
 
 
 def run(config: SampleConfig) -> Path:
-    """Generates what is missing and returns the media table `output/table.jsonl`.
+    """Generates what is missing and returns the media table `output/table.jsonl`; `index.html` beside it shows them.
 
     Pictures that a killed run left behind are kept: they appear whole or not at all, and the config is checked.
 
@@ -112,7 +138,11 @@ def run(config: SampleConfig) -> Path:
     if config.guidance:
         guided.check(config.guidance)
     base.check(config.model)  # before anything is written: a mistyped path leaves no folder behind
-    identity = _check_same(config)
+    if base.goes_on_from_image(config.model):
+        if config.guidance:
+            raise ValueError("guidance steers what is drawn from text alone; drop it, or use a text-to-video model")
+        wanted = _with_images(config, wanted)
+    identity = _check_same(config, [request.image for request in wanted if request.image])
     clips = base.modality_of(config.model) == "video"
     _check_clips(config, clips)
     missing = [request for request in wanted if not _place(folder, request, clips).is_file()]
@@ -121,11 +151,12 @@ def run(config: SampleConfig) -> Path:
     with alone_in(folder, "mmalign sample"):
         _begin(config, identity, clips)
         if adapter is not None:
+            told = _teller(config, identity, adapter)
             with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
                 done = len(wanted) - len(missing)
                 for part, images in _drawn(adapter, missing, config, bar, done):
                     for request, image in zip(part, images, strict=True):
-                        _write(config, _place(folder, request, clips), image, adapter)
+                        _write(config, _place(folder, request, clips), image, adapter, told(request))
                     done += len(part)
                     bar.update(done)
         name = str(config.model.lora or config.model.path)
@@ -142,6 +173,7 @@ def run(config: SampleConfig) -> Path:
             records = [guided.read_record(folder, request.sample) for request in wanted]
             found = summarise(config.guidance, records, [request.group for request in wanted], folder)
             print(lines(found), file=sys.stderr)
+        report_sheet.build([folder / "table.jsonl"], folder / "index.html")
     return folder / "table.jsonl"
 
 
@@ -231,6 +263,7 @@ def generate(
             [torch.Generator().manual_seed(request.seed) for request in part],
             guidance_scale=config.guidance_scale, negative_prompts=negative, num_inference_steps=config.steps,
             **{name: side for name in ("height", "width") if (side := getattr(config, name))}, **length,
+            **({"images": _first_frames(adapter, part, config)} if adapter.of_image else {}),
         )  # fmt: skip
         if not np.isfinite(images).all():
             raise ValueError(
@@ -240,16 +273,50 @@ def generate(
         yield part, list((images * 255).round().astype(np.uint8))
 
 
+def _first_frames(adapter: Adapter, part: list[Request], config: SampleConfig) -> list[Image.Image]:
+    """The pictures that clips go on from, cut to their size as first frames are in training."""
+    own = adapter.default_size()
+    size, found = (config.height or own[0], config.width or own[1]), []
+    for request in part:
+        assert request.image is not None
+        pixels, _ = cut(read_image(request.image), size, View())
+        found.append(Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()))
+    return found
+
+
+def _teller(
+    config: SampleConfig, identity: dict[str, Any], adapter: Adapter
+) -> Callable[[Request], provenance.Record | None]:
+    """What gives a request the record of how it was drawn, or none where the config wants none."""
+    if not config.provenance:
+        return lambda request: None
+    weights = {name: digest for name, digest in identity["model"].items() if isinstance(digest, str)}
+    told = {name: identity[name] for name in ("negative_lora", "guidance")}
+    scheduler = type(adapter.pipe.scheduler).__name__
+    if config.guidance:  # it takes these steps itself
+        scheduler = "Euler" if adapter.process.kind == "flow" else "DDIM"
+
+    def tell(request: Request) -> provenance.Record:
+        image = files_hash([request.image]) if request.image else None
+        return provenance.record(
+            config, weights, request.prompt, request.seed, scheduler=scheduler, image=image, **told
+        )  # fmt: skip
+
+    return tell
+
+
 def _place(folder: Path, request: Request, clips: bool) -> Path:
     return folder / ("videos" if clips else "images") / f"{request.sample}{'.mp4' if clips else '.png'}"
 
 
-def _write(config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapter) -> None:
+def _write(
+    config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapter, told: provenance.Record | None
+) -> None:
     if isinstance(adapter, VideoAdapter):
         frames = torch.from_numpy(picture).permute(0, 3, 1, 2)
-        write_video(path, frames, adapter.fps, lossless=config.lossless)
+        provenance.write_clip(path, frames, adapter.fps, told, lossless=config.lossless)
     else:
-        write_image(path, picture)
+        provenance.write_picture(path, picture, told)
 
 
 def _clip_facts(path: Path) -> dict[str, Any]:
@@ -270,17 +337,19 @@ def _check_sides(config: SampleConfig, multiple: int) -> None:
             raise ValueError(f"{name}: {side} is not a multiple of {multiple}; use {near}")
 
 
-def _check_same(config: SampleConfig) -> dict[str, Any]:
+def _check_same(config: SampleConfig, images: list[Path]) -> dict[str, Any]:
     """What decides the pictures, for `_begin`. ValueError for a folder that another config filled.
 
     Files count by content, not by path.
     """
-    folder, ignored = config.output, {"batch_size", "device", "output", "limit"}
+    folder, ignored = config.output, {"batch_size", "device", "output", "limit", "provenance"}
     path = folder / "run.json"
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
     now["prompts"] = hashlib.sha256(json.dumps(read_prompts(find(config.prompts))).encode()).hexdigest()
-    told = config.model.model_dump(include={"max_sequence_length", "guidance"}, exclude_none=True)
+    told = config.model.model_dump(include={"max_sequence_length", "guidance", "expert"}, exclude_none=True)
     now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
+    if images:
+        now["images"] = [files_hash([image]) for image in dict.fromkeys(images)]
     now["guidance"] = guided.identity(config.guidance) if config.guidance else None
     now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch), **told}
     if path.is_file():

@@ -11,12 +11,13 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mmalign.formats import ADAPTERS, FORMATS, OVERALL, Adapter, Dropped, PreferenceRow
-from mmalign.media import MediaError, check_media
+from mmalign.formats import ADAPTERS, FORMATS, Adapter
+from mmalign.formats_video import videodpo_files, videodpo_records
+from mmalign.media import VIDEO_SUFFIXES, MediaError, check_media
 from mmalign.media_table import (
     MediaRow,
     columns,
@@ -25,6 +26,7 @@ from mmalign.media_table import (
     write_json_lines,
     write_media_table,
 )
+from mmalign.preference_row import OVERALL, Dropped, PreferenceRow, Resampled
 from mmalign.progress import track
 from mmalign.records import MediaRef, Record, Records, missing_columns, read_records
 
@@ -69,6 +71,7 @@ class Captioned:
     prompt: str
     media: MediaRef
     origin: str
+    resampled: tuple[Resampled, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def read_preferences(
     format: str = "auto",
     root: str | Path | None = None,
     verify: bool = True,
-    dimension: str | None = None,
+    dimension: str | Sequence[str] | None = None,
 ) -> PreferenceTable:
     """Read a preference table: a file, a folder of parquet files, or a folder with `chosen/` and `rejected/`.
 
@@ -115,7 +118,8 @@ def read_preferences(
         format: a name in `FORMATS`, or "auto" to tell it by its columns.
         root: where relative media paths start; default the table's folder.
         verify: decode every image and clip now (in threads), and drop the rows where one fails, caption and all.
-        dimension: keep this dimension alone, and drop the rows that were not judged on it.
+        dimension: keep this dimension alone, and drop the rows that were not judged on it. Of several, keep the rows
+            that were judged on one of them, whole.
 
     Raises:
         ValueError: no such file, an empty table, no rows left, an unknown format, or a column missing (the message
@@ -126,7 +130,7 @@ def read_preferences(
     dropped: list[Dropped] = []
     for outcome in adapter.rows(records):
         if isinstance(outcome, PreferenceRow) and dimension is not None:
-            outcome = _only(outcome, dimension)
+            outcome = _only(outcome, dimension) if isinstance(dimension, str) else _one_of(outcome, dimension)
         if isinstance(outcome, PreferenceRow):
             kept.append(outcome)
         else:
@@ -177,6 +181,8 @@ def _open(path: Path, format: str, root: str | Path | None) -> tuple[Records, Ad
     joined = path.is_dir() and (path / "chosen").is_dir() and (path / "rejected").is_dir()
     if format == "folder" or (format == "auto" and joined):
         return _joined_folders(path, joined), ADAPTERS["folder"]
+    if format == "videodpo" or (format == "auto" and path.is_dir() and videodpo_files(path)):
+        return videodpo_records(path, root), ADAPTERS["videodpo"]
     records = read_records(path, root)
     if format != "auto":
         needs = ADAPTERS[format].needs
@@ -185,6 +191,8 @@ def _open(path: Path, format: str, root: str | Path | None) -> tuple[Records, Ad
             raise ValueError(missing_columns(path, closest, records.columns, f"format {format!r}"))
         return records, ADAPTERS[format]
     for name, adapter in ADAPTERS.items():
+        if name == "videodpo" and set(adapter.needs[0]) <= set(records.columns):
+            return videodpo_records(path, root), adapter  # the numbers in it mean places in another file
         if name != "folder" and any(set(each) <= set(records.columns) for each in adapter.needs):
             return records, adapter
     known = [(name, each) for name, adapter in ADAPTERS.items() if name != "folder" for each in adapter.needs]
@@ -217,6 +225,13 @@ def _only(row: PreferenceRow, dimension: str) -> PreferenceRow | Dropped:
     return replace(row, scores=scores, label=label)
 
 
+def _one_of(row: PreferenceRow, dimensions: Sequence[str]) -> PreferenceRow | Dropped:
+    names = row.dimensions()
+    if not set(names) & set(dimensions):
+        return Dropped(row.origin, f"not judged on {' or '.join(dimensions)}", f"it is judged on {', '.join(names)}")
+    return row
+
+
 # ------------------------------------------------------------------------------------------------ verification
 
 _Row = TypeVar("_Row", PreferenceRow, Captioned)
@@ -233,7 +248,7 @@ def _verified(rows: list[_Row], media: Callable[[_Row], Sequence[MediaRef]]) -> 
             problem = problems[ref]
             if problem is not None:
                 where = ref.name if ref.row is not None else f"{row.origin} {ref.name}"
-                return Dropped(where, "undecodable image", problem)
+                return Dropped(where, f"undecodable {'clip' if _moves(ref) else 'image'}", problem)
         return None
 
     kept: list[_Row] = []
@@ -258,13 +273,18 @@ def _problem(ref: MediaRef) -> str | None:
     return None
 
 
+def _moves(ref: MediaRef) -> bool:
+    return ref.path is not None and ref.path.suffix.lower() in VIDEO_SUFFIXES
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def write_preferences(path: str | Path, rows: Sequence[PreferenceRow]) -> None:
     """Write `rows` in mmalign's own form (.jsonl), whole or not at all; `read_preferences` gives equal rows back.
 
-    Media inside parquet stays there and is written as where it is. ValueError for no rows or another suffix.
+    Media inside parquet stays there and is written as where it is. What is said of resampling is a record, and not
+    read again. ValueError for no rows or another suffix.
     """
     path = Path(path)
     if path.suffix.lower() != ".jsonl" or not rows:
@@ -276,6 +296,8 @@ def write_preferences(path: str | Path, rows: Sequence[PreferenceRow]) -> None:
         judged = {"scores": row.scores, "rank": row.rank, "label": row.label}
         known = {"user_id": row.user_id, "source": row.source, "weight": row.weight if row.weight != 1.0 else None}
         prompt = {"prompt": row.prompt} if row.prompts is None else {"prompts": list(row.prompts)}
-        values = {**prompt, "media": media, **judged, **known}
+        clips: dict[str, Any] = {"fps": row.fps, "num_frames": row.num_frames, "models": row.models}
+        clips["resampled"] = row.resampled and [asdict(one) for one in row.resampled]
+        values = {**prompt, "media": media, **judged, **known, **clips}
         items.append({name: value for name, value in values.items() if value is not None})
     write_json_lines(path, items)

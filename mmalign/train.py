@@ -7,6 +7,7 @@ So a resumed run needs only weights, buffers, optimiser, schedule, EMA and the s
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from mmalign import checkpoints, compiling, distributed, noise, order, runs, tasks
+from mmalign import checkpoints, compiling, distributed, memory, noise, order, runs, tasks
 from mmalign.jobs import Optim, TrainConfig
 from mmalign.locks import alone_in, refuse_if_busy
 from mmalign.progress import Progress
@@ -54,6 +55,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
     accelerator = distributed.accelerator(config, device)
     refuse_if_busy(config.output)
     runs.check_output(config, resume, accelerator)
+    before = runs.peak_memory()
     torch.manual_seed(config.seed)  # for parts that are made from scratch
     task = tasks.make(config, accelerator.device)
     loop = Loop(config, task, accelerator)
@@ -65,8 +67,26 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
             accelerator.init_trackers("mmalign", config={"config": config.model_dump_json()})
         loop.fit()
         loop.export()
+        if config.log.memory and accelerator.is_main_process:
+            _compare_memory(config, task, before)
         accelerator.end_training()
     return config.output
+
+
+def _compare_memory(config: TrainConfig, task: Any, before: int) -> None:
+    """Writes estimated and measured memory into run.json, and says both."""
+    if config.task not in ("preference", "sft") or config.sharding != "none":
+        return
+    media = max((len(group.media) for group in getattr(task, "groups", ())), default=1)
+    found = memory.compare(config, memory.Work(task.targets, task.size, media, ""), before)
+    runs.add_facts(config.output, {"memory": found})
+    if found["estimated"]:
+        peak, kind = found["measured"]["peak"], found["measured"]["kind"]
+        rest = f", of which {before / 2**30:.2f} before anything was loaded" if kind == "resident" else ""
+        print(
+            f"memory: estimated {found['estimated']['total'] / 2**30:.2f} GiB, measured {peak / 2**30:.2f} ({kind}{rest})",
+            file=sys.stderr,
+        )
 
 
 class Loop:

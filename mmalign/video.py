@@ -149,16 +149,10 @@ def _asked(plan: FramePlan, times: Timeline, media: Source) -> tuple[int, ...]:
         raise MediaError(name_of(media), str(error)) from None
 
 
-def check_video(source: Source, plan: FramePlan | None = None) -> Timeline:
-    """Decode the whole clip without keeping a frame; when its frames are shown.
-
-    MediaError as in `read_video`, and where `plan` cannot pick from it.
-    """
+def check_video(source: Source) -> None:
+    """Decode the whole clip without keeping a frame. MediaError as in `read_video`."""
     media = _held(source)
-    times = _take_pyav(media, _Picks(name_of(media), set(), MAX_CLIP_BYTES), survey(media).timeline)
-    if plan is not None:
-        _asked(plan, times, media)
-    return times
+    _take_pyav(media, _Picks(name_of(media), set(), MAX_CLIP_BYTES), survey(media).timeline)
 
 
 # ------------------------------------------------------------------------------------------------ for training

@@ -55,6 +55,15 @@ def open_clip(media: Source, **options: str) -> Iterator[Any]:
             yield container
 
 
+def clip_tags(source: Source) -> dict[str, str]:
+    """The tags of a clip's container, such as `title` and `comment`, their names in small letters. Nothing is decoded.
+
+    MediaError for what is no readable clip.
+    """
+    with open_clip(source) as container:
+        return {name.lower(): value for name, value in container.metadata.items()}
+
+
 def short(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error).splitlines()[0]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mmalign.evaluation import Evaluator, SetEvaluator, Strict
+from mmalign.evaluation import AllFrames, Evaluator, SetEvaluator, Strict, Uniform
 
 
 class Colours(Evaluator):
@@ -94,6 +94,37 @@ class Personal(Evaluator):
         return torch.tensor([float(row["user_id"]) for row in batch.aux])
 
 
+class Motion(Evaluator):
+    """Of clips alone: brightness of the first frame, how much it rises, and how long the clip is."""
+
+    needs = frozenset({"frames"})
+    modality = frozenset({"video"})
+    frames = AllFrames()
+    licence, source = "Apache-2.0", "a test"
+
+    def score(self, batch):
+        means = [clip.double().mean(dim=(1, 2, 3)) for clip in batch.clips()]
+        seconds = [len(clip) / fps for clip, fps in zip(batch.clips(), batch.fps)]
+        return {
+            "start": torch.stack([mean[0] for mean in means]),
+            "rise": torch.stack([mean[-1] - mean[0] for mean in means]),
+            "seconds": torch.tensor(seconds, dtype=torch.float64),
+        }
+
+
+class Dimness(Evaluator):
+    """Mean of all pixels of a picture or clip; lower is better."""
+
+    needs = frozenset({"frames"})
+    modality = frozenset({"image", "video"})
+    frames = Uniform(4)
+    higher_is_better = False
+    licence, source = "Apache-2.0", "a test"
+
+    def score(self, batch):
+        return torch.stack([clip.double().mean() for clip in batch.clips()])
+
+
 class Whole(SetEvaluator):
     """One figure for all."""
 
@@ -105,7 +136,7 @@ class Whole(SetEvaluator):
     def compute(self):
         return 1.0
 '''
-NAMES = ("Colours", "Blueness", "Shade", "Mortal", "Nothing", "Personal", "Whole")
+NAMES = ("Colours", "Blueness", "Shade", "Mortal", "Nothing", "Personal", "Motion", "Dimness", "Whole")
 
 
 def plug_in(folder: Path) -> Path:

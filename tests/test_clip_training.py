@@ -12,14 +12,14 @@ import torch
 from training_kit import PROMPTS, config, records, settings
 
 from mmalign import sample, train
-from mmalign.jobs import Data, SampleConfig, TrainConfig
+from mmalign.jobs import Data, Model, SampleConfig, TrainConfig
 from mmalign.media import read_video, write_video
 from mmalign.media_table import read_media_table
 from mmalign.models import base
 from mmalign.records import MediaRef
 from mmalign.tables import PreferenceRow, write_preferences
 from mmalign.tasks import buckets
-from mmalign.tasks.inputs import View, cut, cut_clip
+from mmalign.tasks.inputs import Inputs, View, cut, cut_clip
 from mmalign.tasks.preference import PreferenceTask
 from mmalign.tasks.sft import SFTTask
 from mmalign.testing import tiny, tiny_video
@@ -93,8 +93,6 @@ def test_the_cache_tells_rates_lengths_and_beginnings_apart(wan: Path, tmp_path:
     keys = set()
     for fps in (8.0, 4.0, None):
         data = Data(frames=5, fps=fps, resolution=32, cache_dir=tmp_path / "cache")
-        from mmalign.tasks.inputs import Inputs
-
         inputs = Inputs(adapter, config(tmp_path, wan, tmp_path).model, data)
         for size in ((32, 32, 5), (32, 32, 9)):
             for after in (0.0, 0.5):
@@ -118,6 +116,33 @@ def test_a_group_gets_the_longest_length_that_all_of_its_clips_fill(wan: Path, t
     assert {name: each["items"] for name, each in found.items()} == {"32x32x5": 1, "32x32x9": 2, "32x32x17": 1}
     assert found["32x32x9"]["latent_elements"] == 4 * 3 * 8 * 8  # channels, latent frames, height, width
     assert found["32x32x9"]["beta_per_element"] == pytest.approx(500 / (4 * 3 * 8 * 8))
+
+
+def test_beta_keeps_its_strength_per_element_over_lengths(wan: Path, tmp_path: Path) -> None:
+    """Scaled to each batch's latents it is what the beta of that length alone would be."""
+    table = pairs(tmp_path / "t", [(9, 9), (5, 5)])
+    small, large = 4 * 2 * 8 * 8, 4 * 3 * 8 * 8
+    told = {"data__frames": 9, "data__frame_buckets": [5], "loss__kind": "flow_dpo", "optim__batch_size": 1}
+    scaled = PreferenceTask(
+        config(tmp_path / "a", wan, table, **told, loss__beta=300.0, loss__beta_elements=small), CPU
+    )
+    found = {name: each for name, each in scaled.facts["buckets"].items()}
+    assert found["32x32x5"]["beta_per_element"] == found["32x32x9"]["beta_per_element"] == 300 / small
+    assert found["32x32x9"]["beta_per_sample"] == pytest.approx(300 * large / small)
+    for item, beta in ((0, 300 * large / small), (1, 300.0)):
+        fixed = PreferenceTask(config(tmp_path / "b", wan, table, **told, loss__beta=beta), CPU)
+        with torch.no_grad():
+            for task in (scaled, fixed):
+                for name, weight in task.adapter.denoiser.named_parameters():
+                    if "lora_B" in name:
+                        weight.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+            losses = [task.loss(task.load([(item, 0)]))[0].item() for task in (scaled, fixed)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] != pytest.approx(np.log(2), rel=1e-4)
+
+
+def test_beta_of_sums_is_per_element_already(wan: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reduction: sum it is per element already"):
+        config(tmp_path, wan, tmp_path, loss__beta_elements=10, loss__reduction="sum")
 
 
 def test_with_one_budget_for_clips_shorter_ones_are_larger(wan: Path, tmp_path: Path) -> None:
@@ -188,7 +213,7 @@ def test_fine_tuning_and_autoencoder_train_on_clips(wan: Path, tmp_path: Path) -
     folder = run / "export" / "vae"
     told = json.loads((folder / "config.json").read_text())
     assert len(told["latents_mean"]) == len(told["latents_std"]) == 4 and told["latents_std"] != [1.0] * 4
-    adapter = base.load(base_model(wan, folder))
+    adapter = base.load(Model(path=wan, components={"vae": folder}))
     task = SFTTask(TrainConfig.model_validate({**tree, "task": "sft", "loss": {"kind": "denoising"},
                                                "data": {**shapes, "cache": "memory"}}), CPU)  # fmt: skip
     pixels = torch.stack([task.load([(i, 0)])["fetched"][0].pixels for i in range(6)])
@@ -197,21 +222,24 @@ def test_fine_tuning_and_autoencoder_train_on_clips(wan: Path, tmp_path: Path) -
     torch.testing.assert_close(means.std(0), torch.ones(4), rtol=0, atol=1e-3)
 
 
-def base_model(wan: Path, vae: Path) -> Any:
-    from mmalign.jobs import Model
-
-    return Model(path=wan, components={"vae": vae})
-
-
-def test_a_resumed_run_on_clips_ends_in_the_same_bytes(wan: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_on_clips_ends_in_the_same_bytes(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = pairs(tmp_path / "t", [(9, 9), (9, 5), (6, 9)])
-    told = {**CLIPS, "data__crop": "random", "checkpoint": {"every": 2}}
+    told = {**CLIPS, "data__crop": "random", "checkpoint": {"every": 1}}
     whole = train.run(config(tmp_path / "whole", wan, table, **told))
+    save = train.Loop.save
 
     def stop(self: train.Loop) -> None:
-        begin(self)
-        self.stopping = self.step == 2
+        save(self)
+        if self.step == 2:
+            raise InterruptedError("stopped by the test")
 
+    monkeypatch.setattr(train.Loop, "save", stop)
+    with pytest.raises(InterruptedError):
+        train.run(config(tmp_path / "cut", wan, table, **told))
+    monkeypatch.setattr(train.Loop, "save", save)
+    resumed = train.run(config(tmp_path / "cut", wan, table, **told), resume=True)
     name = "export/pytorch_lora_weights.safetensors"
     assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
@@ -261,11 +289,11 @@ def test_sampling_writes_clips_and_their_table(wan: Path, tmp_path: Path) -> Non
 
 
 def test_sampling_clips_goes_on_where_it_was_stopped(wan: Path, tmp_path: Path) -> None:
-    table = sample.run(_sampling(wan, tmp_path / "out"))
+    table = sample.run(_sampling(wan, tmp_path / "out", batch_size=1))
     places = [Path(str(row.media)) for row in read_media_table(table)]
     kept = [place.read_bytes() for place in places]
     places[1].unlink()
-    sample.run(_sampling(wan, tmp_path / "out"))
+    sample.run(_sampling(wan, tmp_path / "out", batch_size=1))
     assert [place.read_bytes() for place in places] == kept
 
 

@@ -11,11 +11,11 @@ import torch
 from test_families import MAKERS, PROMPTS, SIDE
 
 from mmalign import sample
-from mmalign.jobs import Model, SampleConfig
+from mmalign.jobs import Data, Model, SampleConfig
 from mmalign.media import read_image
 from mmalign.media_table import read_media_table
 from mmalign.models import base
-from mmalign.tasks.inputs import _check_resolution
+from mmalign.tasks.inputs import check_sizes
 
 
 @pytest.fixture(scope="module", name="folders")
@@ -77,4 +77,4 @@ def test_sides_fit_the_transformers_patch(folders: dict[str, Path]) -> None:
     loaded = base.load(Model(path=folders["flux-schnell"]))
     assert (loaded.vae_factor, loaded.patch, loaded.multiple) == (4, 2, 8)
     with pytest.raises(ValueError, match=r"28 is not a multiple of the autoencoder's 4, times .*patch of 2; use 32"):
-        _check_resolution(loaded, 28)
+        check_sizes(loaded, Data(table="pairs.jsonl", resolution=28))

@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
         "distributed",
         "guidance",
     }
+    | {"memory", "memory_show"}
     | {"optimise_prompt", "prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
     | {"reward_bench", "reward_scores", "reward_show"}
     | {
@@ -49,7 +50,7 @@ LAYERS: list[set[str]] = [
         "score_store",
         "score_summary",
     }
-    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run"},
+    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run", "report_sheet"},
     {"tasks"},
     {
         "models",
@@ -60,8 +61,11 @@ LAYERS: list[set[str]] = [
         "media_table",
         "media_folder",
         "formats",
+        "formats_video",
+        "preference_row",
         "records",
         "evaluation",
+        "pixel_scores",
         "discovery",
         "results",
         "stats",
@@ -78,6 +82,7 @@ LAYERS: list[set[str]] = [
         "video",
         "video_container",
         "video_writer",
+        "provenance",
         "frame_plans",
         "cache",
         "config",

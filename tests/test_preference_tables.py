@@ -434,5 +434,8 @@ def test_captioned_rows_for_fine_tuning(tmp_path: Path) -> None:
 
 
 def test_formats_are_listed_with_one_line_each() -> None:
-    assert set(FORMATS) == {"pickapic", "hpdv2", "hpdv2_annotators", "hpdv3", "imagereward", "jsonl", "folder"}
+    assert set(FORMATS) == {
+        *("pickapic", "hpdv2", "hpdv2_annotators", "hpdv3", "imagereward", "jsonl", "folder"),
+        *("videoalign", "videogen_rewardbench", "videodpo"),
+    }
     assert all(summary and "\n" not in summary for summary in FORMATS.values())

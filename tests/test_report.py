@@ -1,6 +1,7 @@
 """The report page: self-contained, escaped, complete, and with the comparison's own figures."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from mmalign.compare import compare
@@ -362,21 +364,55 @@ def test_small_pictures_are_kept_pixel_by_pixel_and_large_ones_shrunk(tmp_path):
     assert made.of(results, row("2", 0.0, tmp_path / "large.png")) is shrunk and made.shown == 2
 
 
-def test_a_clip_becomes_a_moving_thumbnail(tmp_path):
-    import torch
+def test_a_clip_becomes_a_small_clip(tmp_path):
+    from media_kit import moving
+
+    from mmalign.media import read_video, write_video
+
+    def small(frames, fps, name="clip.mp4"):
+        write_video(tmp_path / name, frames, fps=fps)
+        thumbnail = Thumbnails().of(Results(tmp_path, []), row("1", 0.0, name))
+        head, data = thumbnail.video.split(",", 1)
+        assert head == "data:video/mp4;base64"
+        return thumbnail, read_video(base64.b64decode(data)), len(thumbnail.video + thumbnail.uri) * 3 / 4
+
+    frames = moving(12, 32, 49)  # an odd side, which 4:2:0 cannot have
+    thumbnail, clip, _ = small(frames, 6)
+    assert (thumbnail.width, thumbnail.height) == (48, 32) == decoded(thumbnail).size and thumbnail.crisp
+    assert (clip.num_frames, clip.fps) == (12, 6)
+    wide = torch.nn.functional.interpolate(frames.float(), (32, 48), mode="area")
+    assert (clip.frames.float() - wide).abs().mean() < 12  # the same motion, frame by frame
+    assert (clip.frames.float() - wide.flip(0)).abs().mean() > 40
+    noise = torch.randint(0, 256, (60, 3, 9, 11), generator=torch.Generator().manual_seed(0)).byte()
+    thumbnail, clip, size = small(noise.repeat_interleave(12, 2).repeat_interleave(13, 3), 15, "b.mp4")
+    assert clip.num_frames == 48 and clip.num_frames / clip.fps == pytest.approx(4, rel=0.01)  # as long as the clip
+    assert max(thumbnail.width, thumbnail.height) <= 192 and thumbnail.width % 2 == thumbnail.height % 2 == 0
+    assert not thumbnail.crisp and size < 60_000
+    assert small(frames, 6)[0] == Thumbnails().of(Results(tmp_path, []), row("1", 0.0, "clip.mp4"))
+
+
+def test_clips_are_in_the_page_and_one_script_plays_them(tmp_path):
+    from media_kit import moving
 
     from mmalign.media import write_video
 
-    frames = torch.zeros(12, 3, 32, 48, dtype=torch.uint8)
-    for t in range(12):
-        frames[t, 0, :, t * 4 : t * 4 + 4] = 255
-    write_video(tmp_path / "clip.mp4", frames, fps=6)
-    thumbnail = Thumbnails().of(Results(tmp_path, []), row("1", 0.0, "clip.mp4"))
-    image = decoded(thumbnail)
-    assert image.is_animated and image.n_frames == 8 and (thumbnail.width, thumbnail.height) == (48, 32)
-    image.seek(7)
-    image.load()
-    assert image.info["duration"] == 250  # two seconds in eight frames
+    rows = []
+    for i in range(4):
+        write_video(tmp_path / f"{i}.mp4", moving(4, 32, 32), fps=8)
+        rows.append(row(str(i), float(i), tmp_path / f"{i}.mp4", prompt=HOSTILE))
+    html = build([write(tmp_path / "scores", rows)], tmp_path / "r.html").read_text()
+    page = Page(html)
+    script = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    policy = next(attrs["content"] for attrs, _ in page.find("meta", http_equiv="Content-Security-Policy"))
+    assert html.count("<script") == len(script) == 1 and f"script-src 'sha256-{digest}';" in policy
+    assert "media-src data:;" in policy and "runs no script" not in html
+    clips = [attrs for attrs, _ in page.find("video")]
+    assert len(clips) == 4
+    for attrs in clips:
+        assert attrs["src"].startswith("data:video/mp4;base64,") and attrs["poster"].startswith("data:image/webp")
+        assert {"controls", "muted", "loop", "playsinline"} <= attrs.keys() and attrs["preload"] == "none"
+        assert HOSTILE in attrs["aria-label"]
 
 
 def test_broken_media_say_why(tmp_path):

@@ -148,21 +148,23 @@ def test_a_stopped_run_keeps_its_pictures(
 ) -> None:
     whole = _pictures(sample.run(_config(models["sd"], prompts, tmp_path / "whole")))
     config = _config(models["sd"], prompts, tmp_path / "cut", batch_size=1)
-    write, written = sample.write_image, []
+    write, written = sample.provenance.write_picture, []
 
-    def stop(path: Path, image: np.ndarray) -> None:
+    def stop(path: Path, image: np.ndarray, record: Any) -> None:
         if len(written) == 2:
             raise InterruptedError("stopped by the test")
-        write(path, image)
+        write(path, image, record)
         written.append(path)
 
-    monkeypatch.setattr(sample, "write_image", stop)
+    monkeypatch.setattr(sample.provenance, "write_picture", stop)
     with pytest.raises(InterruptedError):
         sample.run(config)
     assert not (tmp_path / "cut" / "table.jsonl").exists()
     times = {path: path.stat().st_mtime_ns for path in written}
     drawn: list[Path] = []
-    monkeypatch.setattr(sample, "write_image", lambda path, image: (drawn.append(path), write(path, image)))
+    monkeypatch.setattr(
+        sample.provenance, "write_picture", lambda path, *rest: (drawn.append(path), write(path, *rest))
+    )
     found = _pictures(sample.run(config))
     assert len(drawn) == 2 and not set(drawn) & set(written)
     assert times == {path: path.stat().st_mtime_ns for path in written}

@@ -67,7 +67,8 @@ def test_a_lora_is_trained_on_clips_saved_and_loaded_by_plain_diffusers(
 ) -> None:
     wanted = _config(
         tmp_path / "run", folders[name], table, reference__draws=1, optim__steps=5, optim__lr=5e-3,
-        optim__gradient_checkpointing=True, loss={"kind": "flow_dpo" if name in FLOWS else "diffusion_dpo", "beta": 500.0},
+        optim__gradient_checkpointing=True,
+        loss={"kind": "flow_dpo" if name in FLOWS else "diffusion_dpo", "beta": 500.0},
     )  # fmt: skip
     run = train.run(wanted)
     found = records(run)
@@ -143,6 +144,12 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any], float]] = {
         "WanTransformer3DModel",
         {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
         1.42e9,
+    ),
+    "Wan2.1-I2V-14B": (
+        "WanImageToVideoPipeline",
+        "WanTransformer3DModel",
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        16.4e9,
     ),
     "CogVideoX-2b": ("CogVideoXPipeline", "CogVideoXTransformer3DModel", {}, 1.7e9),
     "CogVideoX-5b": (

@@ -71,7 +71,7 @@ def settings(output: Path, model: Path, table: Path, **changes: Any) -> dict[str
         "loss": {"kind": "diffusion_dpo", "beta": 500.0},
         "lora": {"rank": 4},
         "optim": {"steps": 4, "batch_size": 2, "lr": 1e-3, "weight_decay": 0.0},
-        "log": {"trackers": []},
+        "log": {"trackers": [], "memory": False},
         "device": "cpu",
     }
     for key, value in changes.items():

@@ -66,7 +66,7 @@ def generators() -> list[torch.Generator]:
 def start(adapter: VideoAdapter, frames: int = FRAMES) -> Tensor:
     """The noise that a pipeline draws from `generators`; CogVideoX draws frame by frame."""
     c, t, h, w = adapter.latent_shape(SIDE, SIDE, frames)
-    if adapter.family == "cogvideox":
+    if adapter.family.startswith("cogvideox"):
         return torch.cat([torch.randn(1, t, c, h, w, generator=g) for g in generators()]).transpose(1, 2)
     return torch.cat([torch.randn(1, c, t, h, w, generator=g) for g in generators()])
 
@@ -90,12 +90,12 @@ def times(adapter: VideoAdapter) -> Tensor:
 def deterministic(adapter: VideoAdapter) -> Iterator[None]:
     """Inside, the pipeline samples with the scheduler whose step is `Process.step`, and decodes without fresh noise."""
     own = adapter.pipe.scheduler
-    if adapter.family == "cogvideox":
+    if adapter.family.startswith("cogvideox"):
         adapter.pipe.scheduler = diffusers.CogVideoXDDIMScheduler.from_config(own.config)
     elif adapter.process.kind == "flow" and not isinstance(own, diffusers.FlowMatchEulerDiscreteScheduler):
         shape = adapter.latent_shape(SIDE, SIDE, FRAMES)
         adapter.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=adapter.shift(shape))
-    told = {"decode_noise": 0.0} if adapter.family == "ltx" else {}
+    told = {"decode_noise": 0.0} if adapter.family.startswith("ltx") else {}
     vars(adapter).update(told)
     try:
         yield
@@ -114,6 +114,25 @@ def close(ours: Any, theirs: Any, name: str) -> None:
             close(ours[i], value, f"{name}[{i}]")
     else:
         assert ours == pytest.approx(theirs), name
+
+
+def compare_first_calls(adapter: VideoAdapter) -> None:
+    """Every argument that the pipeline's sampler gives its denoiser is what `predict` gives it; so is the output."""
+    with recorded(adapter.denoiser) as theirs:
+        draw(adapter)
+    with recorded(adapter.denoiser) as ours, torch.no_grad():
+        found = adapter.predict(start(adapter), times(adapter)[:1].expand(2), adapter.encode_prompt(PROMPTS))
+    unread = {"return_dict"} | (
+        {"guidance"} if adapter.guidance is None else set()
+    )  # a transformer without its weights
+    told = {name: value for name, value in theirs[0].items() if value is not None and name not in unread}
+    assert told.keys() >= {"hidden_states", "timestep", "output"}
+    for name, value in told.items():
+        assert name in ours[0], f"the pipeline passes {name}, the adapter does not"
+        close(ours[0][name], value, name)
+    for name, value in ours[0].items():
+        assert value is None or name in told, f"only the adapter passes {name}"
+    assert found.shape == (2, *adapter.latent_shape(SIDE, SIDE, FRAMES))
 
 
 def pixels(count: int = 2, frames: int = FRAMES, seed: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""The verbs that look around: list, cache, doctor."""
+"""The verbs that look around: list, info, cache, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Kind(StrEnum):
 
     evaluators = "evaluators"
     methods = "methods"
+    guidance = "guidance"
     models = "models"
     formats = "formats"
     benchmarks = "benchmarks"
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs and the group ``cache`` to the command line."""
     panel = "Look and check"
     app.command("list", rich_help_panel=panel)(list_)
+    app.command(rich_help_panel=panel)(info)
     app.command(rich_help_panel=panel)(doctor)
     group = typer.Typer(
         help="The cache of latents, embeddings, reference errors, inversions and digests of media.",
@@ -45,7 +47,7 @@ def list_(
     as_json: AsJson = False,
     plugins: Annotated[bool, typer.Option(help="Look for evaluators in other installed packages too.")] = True,
 ) -> None:
-    """List what there is: evaluators, training methods, model families, table formats, benchmarks, shipped configs.
+    """List what there is: evaluators, methods, guidance strategies, model families, formats, benchmarks, configs.
 
     [bold]Examples[/bold]
 
@@ -90,6 +92,8 @@ def listing(kind: Kind, *, plugins: bool = True, declared: bool = False) -> list
             return _evaluators(plugins, declared)
         case Kind.methods:
             return _methods()
+        case Kind.guidance:
+            return _guidance()
         case Kind.models:
             from mmalign.jobs import FAMILIES
 
@@ -166,6 +170,16 @@ def _methods() -> list[dict[str, Any]]:
     return rows
 
 
+def _guidance() -> list[dict[str, Any]]:
+    """Every strategy of guided sampling."""
+    from mmalign.jobs_guidance import strategies
+
+    return [
+        {"name": kind, "summary": (strategy.__doc__ or "").strip().splitlines()[0], "gradients": strategy.gradients}
+        for kind, strategy in strategies()
+    ]
+
+
 def _configs() -> list[dict[str, Any]]:
     from mmalign.paths import shipped
 
@@ -176,6 +190,53 @@ def _configs() -> list[dict[str, Any]]:
         lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines()[:2]]
         rows.append({"name": f"configs/{path.relative_to(root).as_posix()}", "summary": lines[1], "command": lines[0]})
     return rows
+
+
+def info(
+    file: Annotated[Path, typer.Argument(help="A picture or clip.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a picture or clip is, and how it was drawn: the record that `mmalign sample` keeps in each file.
+
+    [bold]Examples[/bold]
+
+        mmalign info runs/base/images/000000-0.png
+
+        mmalign info clip.mp4 --json
+    """
+    from mmalign.provenance import read_provenance
+
+    found = {**_media_facts(file), "provenance": read_provenance(file)}
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from mmalign.results import flat
+    from mmalign.source import shown
+
+    record = found.pop("provenance")
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in [*flat(found), *flat(record or {"provenance": "none that mmalign wrote"})]:
+        table.add_row(Text(shown(name), style="dim"), Text(shown(value)))
+    Console().print(table)
+
+
+def _media_facts(file: Path) -> dict[str, Any]:
+    from mmalign.media import Uniform, content_hash, image_size, is_video
+    from mmalign.video import read_frames
+
+    told: dict[str, Any] = {"file": str(file), "sha256": content_hash(file)}
+    if is_video(file):
+        clip = read_frames(file, Uniform(1))
+        height, width = next(iter(clip.picked.values())).shape[:2]
+        return told | {"kind": "video", "size": f"{width}x{height}", "frames": clip.num_frames, "fps": clip.fps}
+    height, width = image_size(file)
+    return told | {"kind": "image", "size": f"{width}x{height}"}
 
 
 def cache_ls(as_json: AsJson = False, root: Root = None) -> None:

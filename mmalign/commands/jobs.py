@@ -52,6 +52,10 @@ def train(
     config: Config,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint, exactly.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check model and data, and print the memory and work it would take.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: as JSON.")] = False,
 ) -> None:
     """Train a model: fine-tune it on captioned media, or align it with preferences.
 
@@ -63,11 +67,22 @@ def train(
 
         mmalign train configs/shapes/dpo.yaml --resume
 
+        mmalign train configs/shapes/dpo.yaml --dry-run
+
         accelerate launch -m mmalign train configs/shapes/dpo.yaml
 
         mmalign train configs/shapes/online.yaml
     """
     settings = load_job(config, overrides, Job.train)
+    if as_json and not dry_run:
+        raise typer.BadParameter("it belongs to --dry-run; results are in the run folder", param_hint="--json")
+    if dry_run:
+        from mmalign.memory import estimate
+        from mmalign.memory_show import show
+
+        found = estimate(settings)
+        typer.echo(json.dumps(found.to_json(), indent=2)) if as_json else show(found)
+        return
     if settings.online:
         from mmalign.rounds import run
     else:

@@ -1,4 +1,4 @@
-"""The verbs that read results: compare, report."""
+"""The verbs that show results: compare, report, contact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (compare, report):
+    for verb in (compare, report, contact):
         app.command(rich_help_panel="Results")(verb)
 
 
@@ -70,3 +70,31 @@ def report(
     from mmalign.report import build
 
     typer.echo(f"report: {build(results, output, run=run, title=title, rank_by=rank_by)}")
+
+
+def contact(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Media tables, folders of media, or results folders; one or more.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The HTML file; default: index.html in the folder of the only source."),
+    ] = None,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Put small copies of the media into the page instead of links.")
+    ] = False,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+) -> None:
+    """Write a contact sheet: all pictures and clips on one page, to sort by any score, to filter, and to play.
+
+    [bold]Examples[/bold]
+
+        mmalign contact runs/base
+
+        mmalign contact runs/base/scores runs/aligned/scores --output contact.html
+
+        mmalign contact runs/base --embed --output to-mail.html
+    """
+    from mmalign.report_sheet import build
+
+    typer.echo(f"contact sheet: {build(sources, output, embed=embed, title=title)}")

@@ -17,11 +17,12 @@ from mmalign.guidance.axes import Axes, fit_axes, judged
 from mmalign.guidance.denoising import Bar, Denoising, Outcome, candidate_seed
 from mmalign.guidance.diversity import Drawn, Evolved, evolve
 from mmalign.guidance.features import clip_files
-from mmalign.guidance.rewards import Rewards, Scorer, fitting, load_scorers
+from mmalign.guidance.rewards import Rewards, fitting, load_scorers
 from mmalign.jobs_align import EvaluatorSpec
 from mmalign.jobs_guidance import Diversity
 from mmalign.media import read_image
 from mmalign.paths import find
+from mmalign.pixel_scores import PixelScorer
 from mmalign.records import missing_columns, read_records
 from mmalign.weights import files_hash
 
@@ -93,7 +94,7 @@ def _clip(config: str, checkpoint: Path, device: str) -> ClipBackbone:
 
 
 @functools.lru_cache(maxsize=1)
-def _judge(name: str, params: str, modality: str, device: str, frames: int) -> Scorer:
+def _judge(name: str, params: str, modality: str, device: str, frames: int) -> PixelScorer:
     job = fitting([EvaluatorSpec(name=name, params=json.loads(params))], "guidance.judge")
     return load_scorers(job, modality, torch.device(device), dtype="float32", backbones=Backbones(), frames=frames)[0]
 

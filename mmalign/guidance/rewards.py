@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mmalign.discovery import evaluator_class, find_evaluators, make_evaluator
-from mmalign.evaluation import Backbones, Batch, Evaluator, ItemErrors, SetEvaluator, Uniform, subscores
+from mmalign.evaluation import Backbones, Evaluator, SetEvaluator
 from mmalign.jobs_align import EvaluatorSpec, RewardSpec
+from mmalign.pixel_scores import PixelScorer
 from mmalign.results import score_label
 from mmalign.score_plan import Job, make_jobs
 
@@ -35,89 +36,6 @@ class Costs:
     seconds: float = 0.0
 
 
-class Scorer:
-    """One evaluator, on pixels in [0, 1]: pictures [B, 3, H, W] or clips [B, 3, F, H, W].
-
-    Args:
-        job: the evaluator, its parameters and its label in results.
-        frames: of a clip, what an evaluator of images alone is shown.
-        fps: of clips.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        device: torch.device,
-        dtype: str,
-        backbones: Backbones,
-        frames: int = 4,
-        fps: float | None = None,
-    ):
-        evaluator = make_evaluator(job.cls, job.name, job.params, device, dtype, backbones)
-        assert isinstance(evaluator, Evaluator), "`fitting` refuses others"
-        self.evaluator, self.label, self._frames, self._fps = evaluator, job.label, frames, fps
-        self.sign = 1.0 if evaluator.higher_is_better else -1.0
-        self._first: str | None = None
-
-    @torch.no_grad()
-    def named(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Its scores by sub-score, float64 [B], of the pixels as a file would hold them; NaN where it has none."""
-        whole = (pixels.detach() * 255).round().to("cpu", torch.uint8)
-        if whole.ndim == 4:
-            named = self._score([picture[None] for picture in whole], prompts, still=True)
-        else:
-            named = self._clips(whole.transpose(1, 2), prompts)
-        self._first = next(iter(named))
-        return named
-
-    def _clips(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Of uint8 [B, F, 3, H, W]: whole for evaluators of clips, else the mean over single frames."""
-        if "video" in self.evaluator.modality:
-            picks = self.evaluator.frames.indices(clips.shape[1], self._fps or 1.0)
-            return self._score([clip[picks] for clip in clips], prompts, still=False)
-        picks = Uniform(self._frames).indices(clips.shape[1], 1.0)
-        stills = [frame[None] for clip in clips for frame in clip[picks]]
-        named = self._score(stills, [prompt for prompt in prompts for _ in picks], still=True)
-        return {name: values.reshape(len(clips), -1).mean(1) for name, values in named.items()}
-
-    def _score(self, clips: list[Tensor], prompts: Sequence[str], still: bool) -> dict[str, Tensor]:
-        fps = [None if still else self._fps] * len(clips)
-        batch = Batch(
-            images=[clip[0] for clip in clips] if still else [], frames=clips, prompts=list(prompts), fps=fps,
-            aux=[{} for _ in clips],
-        )  # fmt: skip
-        try:
-            return subscores(self.evaluator.score(batch), len(clips), self.label)
-        except ItemErrors as partly:
-            named = subscores(partly.scores, len(clips), self.label)
-            for values in named.values():
-                values[list(partly.errors)] = torch.nan
-            return named
-
-    def tensor(self, pixels: Tensor, prompts: Sequence[str], subscore: str | None) -> Tensor:
-        """Its score with a gradient, [B]; of clips as in `named`.
-
-        Raises:
-            ValueError: `subscore` is not the one whose gradient it gives.
-        """
-        if subscore is not None and self._first is None:
-            self.named(pixels, prompts)
-        if subscore not in (None, self._first):
-            raise ValueError(
-                f"rewards: {self.label} has a gradient for {self._first} alone, not for {subscore}; drop its subscore, "
-                f"or use a strategy without gradients: {', '.join(without_gradients())}"
-            )
-        if pixels.ndim == 4:
-            return self.evaluator.score_tensor(pixels, prompts)
-        clips = pixels.transpose(1, 2)
-        if set(self.evaluator.modality) == {"video"}:
-            return self.evaluator.score_tensor(clips, prompts)
-        plan = self.evaluator.frames if "video" in self.evaluator.modality else Uniform(self._frames)
-        picks = plan.indices(clips.shape[1], self._fps or 1.0)
-        repeated = [prompt for prompt in prompts for _ in picks]
-        return self.evaluator.score_tensor(clips[:, picks].flatten(0, 1), repeated).reshape(len(clips), -1).mean(1)
-
-
 class Rewards:
     """The weighted sum of evaluators' scores, lower-is-better ones with their sign turned.
 
@@ -126,10 +44,11 @@ class Rewards:
         spent: the costs of each request of the batch in work, to count in; set by who runs the strategy.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], scorers: Sequence[Scorer]):
+    def __init__(self, specs: Sequence[RewardSpec], scorers: Sequence[PixelScorer]):
         self._parts = [(spec, scorer) for spec, scorer in zip(specs, scorers, strict=True)]
         self.names = [name_of(spec, scorer.label) for spec, scorer in self._parts]
         self.spent: list[Costs] = []
+        self._looked = False
 
     @property
     def differentiable(self) -> bool:
@@ -184,13 +103,26 @@ class Rewards:
             ValueError: a reward has no gradient; with what there is instead.
         """
         refuse_without_gradient([(spec, type(scorer.evaluator)) for spec, scorer in self._parts])
+        self._refuse_other_subscores(pixels, prompts)
         self._count("reward_gradients", len(pixels), rows)
         weighted = [
-            spec.weight * scorer.sign * scorer.tensor(pixels, prompts, spec.subscore).float()
+            spec.weight * scorer.sign * scorer.tensor(pixels, prompts).float()
             for spec, scorer in self._parts
             if spec.weight
         ]
         return torch.stack(weighted).sum(0)
+
+    def _refuse_other_subscores(self, pixels: Tensor, prompts: Sequence[str]) -> None:
+        """ValueError for a sub-score that is not the first, which alone has a gradient; looked at once."""
+        asked = [(spec, scorer) for spec, scorer in self._parts if spec.weight and spec.subscore is not None]
+        for spec, scorer in asked if not self._looked else ():
+            first = next(iter(scorer.named(pixels[:1], prompts[:1])))
+            if spec.subscore != first:
+                raise ValueError(
+                    f"rewards: {scorer.label} has a gradient for {first} alone, not for {spec.subscore}; drop its "
+                    f"subscore, or use a strategy without gradients: {', '.join(without_gradients())}"
+                )
+        self._looked = True
 
     def _count(self, what: str, count: int, rows: Sequence[int] | None) -> None:
         if not self.spent:
@@ -221,13 +153,14 @@ def fitting(specs: Sequence[EvaluatorSpec], key: str) -> list[Job]:
         ValueError: an unknown name or parameter, missing weights, or an evaluator that cannot score a drawing.
     """
     unique = [spec for k, spec in enumerate(specs) if not any(_same(spec, before) for before in specs[:k])]
-    jobs = make_jobs([(spec.name, spec.params) for spec in unique])
-    for job in jobs:
-        if issubclass(job.cls, SetEvaluator):
-            raise ValueError(f"{key}: {job.name} scores whole sets; name an evaluator that scores single items")
-        absent = sorted({"reference", "aux"} & set(job.cls.needs))
+    for spec in unique:
+        cls = evaluator_class(spec.name)
+        if issubclass(cls, SetEvaluator):
+            raise ValueError(f"{key}: {spec.name} scores whole sets; name an evaluator that scores single items")
+        absent = sorted({"reference", "aux"} & set(cls.needs))
         if absent:
-            raise ValueError(f"{key}: {job.name} needs {' and '.join(absent)}, which nothing that is being drawn has")
+            raise ValueError(f"{key}: {spec.name} needs {' and '.join(absent)}, which nothing that is being drawn has")
+    jobs = make_jobs([(spec.name, spec.params) for spec in unique])
     places = [next(k for k, other in enumerate(unique) if _same(spec, other)) for spec in specs]
     return [jobs[place] for place in places]
 
@@ -239,7 +172,7 @@ def _same(one: EvaluatorSpec, other: EvaluatorSpec) -> bool:
 def load_scorers(
     jobs: Sequence[Job], modality: str, device: torch.device, *, dtype: str, backbones: Backbones, frames: int = 4,
     fps: float | None = None,
-) -> list[Scorer]:  # fmt: skip
+) -> list[PixelScorer]:  # fmt: skip
     """A scorer for each job; equal jobs share one, and all share their networks.
 
     Raises:
@@ -248,10 +181,12 @@ def load_scorers(
     for job in jobs:
         if modality == "image" and "image" not in job.cls.modality:
             raise ValueError(f"rewards: {job.name} scores videos, and this model draws images; name another evaluator")
-    made: dict[str, Scorer] = {}
+    made: dict[str, PixelScorer] = {}
     for job in jobs:
         if job.label not in made:
-            made[job.label] = Scorer(job, device, dtype, backbones, frames, fps)
+            evaluator = make_evaluator(job.cls, job.name, job.params, device, dtype, backbones)
+            assert isinstance(evaluator, Evaluator), "`fitting` refuses others"
+            made[job.label] = PixelScorer(evaluator, job.label, frames, fps)
     return [made[job.label] for job in jobs]
 
 
@@ -286,4 +221,4 @@ def without_gradients() -> list[str]:
     """Kinds of the strategies that take any reward."""
     from mmalign.jobs_guidance import strategies
 
-    return [kind for kind, strategy in strategies() if not strategy.gradients]
+    return [kind for kind, strategy in strategies() if strategy.any_reward]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ class Adapter(ABC):
     family: str
     pipeline_class: Any
     modality: Literal["image", "video"] = "image"  # what the pipeline draws; latents of clips have an axis of frames
+    of_image: bool = False  # whether clips go on from a picture: the denoiser is told the first frame
     denoiser_name: str = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     unused: tuple[str, ...] = ()  # parts of the pipeline that are left out on loading
@@ -50,10 +51,13 @@ class Adapter(ABC):
     no_negative: str | None = None  # what the pipeline's call takes where there is no negative prompt
     max_sequence_length: int | None = None  # text tokens, where the family's pipeline lets its caller choose
     longest_text: int | None = None  # what it may be set to at most
+    span: tuple[float, float] = (0.0, 1.0)  # the part of the flow's times that the denoiser is trained for
     process: Process
 
     def __init__(self, pipe: Any, config: Model):
         self.pipe, self.config = pipe, config
+        self.waiting: frozenset[str] = frozenset()
+        self._lent: set[str] = set()
         self.denoiser: Any = getattr(pipe, self.denoiser_name)
         self.vae = pipe.vae
         self.text_length = config.max_sequence_length or self.max_sequence_length
@@ -62,22 +66,33 @@ class Adapter(ABC):
             module.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, config: Model, *, device: torch.device | str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Adapter:
-        """Loads a pipeline folder; `from_scratch` parts are made from their config.json."""
+    def load(
+        cls, config: Model, *, device: torch.device | str, dtype: torch.dtype, vae_dtype: torch.dtype,
+        waiting: Collection[str] = (), without: Collection[str] = (),
+    ) -> Adapter:  # fmt: skip
+        """Loads a pipeline folder but for the parts `without`.
+
+        `from_scratch` parts are made from their config.json, and `waiting` ones are put away.
+        """
         if config.max_sequence_length and cls.max_sequence_length is None:
             raise ValueError(f"model.max_sequence_length: {cls.family} reads prompts of one length; drop the key")
         if cls.longest_text and (config.max_sequence_length or 0) > cls.longest_text:
             raise ValueError(f"model.max_sequence_length: {cls.family} reads at most {cls.longest_text} text tokens")
         dtypes = {"default": dtype, "vae": vae_dtype}
         # Sorted, since each part made from scratch takes its weights from one stream of random numbers.
-        names = sorted({*config.components, *config.from_scratch})
-        parts = {name: _load_part(config, name, dtypes.get(name, dtype)) for name in names}
+        names = sorted({*config.components, *config.from_scratch} - {*without})
+        parts = {name: load_part(config, name, dtypes.get(name, dtype)) for name in names}
         pipe = cls.pipeline_class.from_pretrained(
             config.path, dtype=dtypes, variant=variant_in(config.path, config.variant), local_files_only=True,
-            use_safetensors=True, **cls.left_out(config), **parts,
+            use_safetensors=True, **cls.left_out(config), **dict.fromkeys(without), **parts,
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
-        return cls(pipe.to(device), config)
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module) and name not in waiting:
+                part.to(device)
+        adapter = cls(pipe, config)
+        adapter.put_away(waiting)
+        return adapter
 
     @classmethod
     def left_out(cls, config: Model) -> dict[str, Any]:
@@ -99,10 +114,34 @@ class Adapter(ABC):
             )
         return dict.fromkeys({*cls.unused, *absent} - {*config.components})
 
+    @classmethod
+    def idle_in_training(cls, config: Model) -> tuple[str, ...]:
+        """Parts that training does not load, by the folder's index. ValueError where the config has to say which."""
+        if config.expert is not None:
+            raise ValueError(f"model.expert: {cls.family} has one denoiser for all of the schedule; drop the key")
+        return ()
+
     def frozen(self) -> list[nn.Module]:
         """The parts that preference training never changes."""
         encoders = (getattr(self.pipe, name) for name in self.text_encoders)
         return [self.vae, *(encoder for encoder in encoders if encoder is not None)]
+
+    def put_away(self, names: Collection[str]) -> None:
+        """Moves frozen parts of the pipeline, by name, into CPU memory, where they stay but for `at_hand`."""
+        self.waiting = frozenset(name for name in names if getattr(self.pipe, name, None) is not None)
+        for name in self.waiting:
+            getattr(self.pipe, name).to("cpu")
+
+    @contextmanager
+    def at_hand(self, *names: str) -> Iterator[None]:
+        """Inside, these parts are on the device, those too that were put away."""
+        lent = [name for name in names if name in self.waiting and name not in self._lent]
+        with ExitStack() as stack:
+            for name in lent:
+                self._lent.add(name)
+                stack.callback(self._lent.discard, name)
+                stack.enter_context(lent_to(self.device, getattr(self.pipe, name)))
+            yield
 
     @property
     def parameterisation(self) -> str:
@@ -170,7 +209,7 @@ class Adapter(ABC):
             options: further arguments of the pipeline's call (num_inference_steps, height, width, num_frames).
         """
         told = self.call_arguments(guidance_scale, negative_prompts, len(prompts))
-        return self.drawn(self.pipeline()(prompts, generator=generators, output_type="np", **told, **options))
+        return self.drawn(self.pipeline()(prompt=prompts, generator=generators, output_type="np", **told, **options))
 
     def drawn(self, output: Any) -> np.ndarray:
         """The pictures in what the pipeline's call returned."""
@@ -182,6 +221,10 @@ class Adapter(ABC):
     @abstractmethod
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
         """The condition of B prompts, as the family's pipeline encodes them. A row never depends on its neighbours."""
+
+    def encode_negative(self, prompts: list[str]) -> Condition:
+        """The condition of B prompts to be guided away from, as the family's pipeline encodes them."""
+        return self.encode_prompt(prompts)
 
     def add_size(self, condition: Condition, sizes: Tensor) -> Condition:
         """The condition with what the family needs to know of picture sizes and crops.
@@ -275,6 +318,16 @@ class Adapter(ABC):
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
 
 
+@contextmanager
+def lent_to(device: torch.device, module: nn.Module) -> Iterator[None]:
+    """Inside, a module that waits in CPU memory is on the device."""
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to("cpu")
+
+
 def exact(device: torch.device, off: bool = True) -> Any:
     """Switches autocast off, if `off`."""
     return torch.autocast(device.type, enabled=False) if off else nullcontext()
@@ -285,7 +338,7 @@ def cast(condition: Condition, dtype: torch.dtype) -> Condition:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
 
 
-def _load_part(config: Model, name: str, dtype: torch.dtype) -> Any:
+def load_part(config: Model, name: str, dtype: torch.dtype) -> Any:
     """A pipeline part from another folder, or with fresh weights from its config."""
     import diffusers
     import transformers

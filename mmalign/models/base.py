@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mmalign.jobs import Model
@@ -17,6 +18,9 @@ from mmalign.models.adapter import Adapter
 from mmalign.models.checkpoint import check_folder, component_faults, index_parts, part_class, variant_in
 from mmalign.paths import find
 from mmalign.weights import files_hash
+
+EXPERT = "mmalign.expert"
+"""In the header of a LoRA file, which of two transformers it is for: high or low."""
 
 _HASHED = {".safetensors", ".json", ".txt", ".model"}
 MISFITS = (RuntimeError, ValueError, KeyError, SafetensorError)  # how diffusers says that a LoRA does not fit
@@ -29,9 +33,12 @@ _CLASSES = {
     "SanaPipeline": ("sana", "mmalign.models.sana:Sana"),
     "QwenImagePipeline": ("qwen_image", "mmalign.models.qwen_image:QwenImage"),
     "WanPipeline": ("wan", "mmalign.models.wan:Wan"),
+    "WanImageToVideoPipeline": ("wan_i2v", "mmalign.models.image_to_video:WanImage"),
     "CogVideoXPipeline": ("cogvideox", "mmalign.models.cogvideox:CogVideoX"),
+    "CogVideoXImageToVideoPipeline": ("cogvideox_i2v", "mmalign.models.image_to_video:CogVideoXImage"),
     "HunyuanVideoPipeline": ("hunyuan_video", "mmalign.models.hunyuan_video:HunyuanVideo"),
     "LTXPipeline": ("ltx", "mmalign.models.ltx:LTXVideo"),
+    "LTXImageToVideoPipeline": ("ltx_i2v", "mmalign.models.image_to_video:LTXVideoImage"),
     "AnimateDiffPipeline": ("animatediff", "mmalign.models.animatediff:AnimateDiff"),
 }
 
@@ -60,8 +67,23 @@ def modality_of(config: Model) -> str:
 
 def modality_of_family(family: str) -> str:
     """What a family of generators draws: image or video."""
+    return _class(family).modality
+
+
+def goes_on_from_image(config: Model) -> bool:
+    """Whether a checkpoint draws clips that go on from a picture. ValueError as `family_of`."""
+    return adapter_class(find(config.path)).of_image
+
+
+def adapter_class(path: Path) -> type[Adapter]:
+    """The class of the adapter of a checkpoint folder. ValueError as `family_of`."""
+    return _class(family_of(path))
+
+
+def _class(family: str) -> type[Adapter]:
     module, _, name = {key: where for key, where in _CLASSES.values()}[family].partition(":")
-    return str(getattr(importlib.import_module(module), name).modality)
+    found: type[Adapter] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def pipeline_name(family: str) -> str:
@@ -112,8 +134,13 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae_dtype: torch.dtype | None = None,
+    waiting: Collection[str] = (),
+    training: bool = False,
 ) -> Adapter:
     """Loads a checkpoint folder behind its family's adapter; `vae_dtype` is `dtype` unless given.
+
+    `waiting`: parts that stay in CPU memory until `Adapter.at_hand` lends them to the device; `text_encoder` is all.
+    `training`: leaves out what training has no use for.
 
     A LoRA is added to float32 weights, and stays beside those of half precision, which would round most of so small an
     update away.
@@ -122,17 +149,50 @@ def load(
         ValueError: see `check`.
     """
     path = check(config)
-    _no_bars()
-    module, _, name = {key: where for key, where in _CLASSES.values()}[family_of(path)].partition(":")
+    no_bars()
     found = config.model_copy(update={"path": path})
-    kind = getattr(importlib.import_module(module), name)
-    adapter: Adapter = kind.load(found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype)
+    kind = adapter_class(path)
+    idle = kind.idle_in_training(found) if training or config.expert else ()
+    away = {name for each in waiting for name in (kind.text_encoders if each == "text_encoder" else (each,))}
+    adapter: Adapter = kind.load(
+        found, device=device, dtype=dtype, vae_dtype=vae_dtype or dtype, waiting=away, without=idle if training else ()
+    )
+    work_in_parts(adapter)
     if config.lora:
-        _add_lora(adapter.pipeline(), lora_file(config.lora), fuse=dtype == torch.float32)
+        _check_expert(adapter, lora_file(config.lora))
+        _add_lora(adapter, lora_file(config.lora), fuse=dtype == torch.float32)
     return adapter
 
 
-def _no_bars() -> None:
+def _check_expert(adapter: Adapter, file: Path) -> None:
+    """ValueError where a LoRA is for the other one of two transformers, or nothing says which it is for."""
+    with safe_open(file, "pt") as opened:
+        told = (opened.metadata() or {}).get(EXPERT)
+    wanted = adapter.config.expert
+    both = getattr(adapter.pipe, "transformer_2", None) is not None
+    if both and wanted is None:
+        raise ValueError(
+            f"model.lora: {file} is for one of two transformers; set model.expert: {told or 'high or low'}"
+        )
+    if told and wanted and told != wanted:
+        raise ValueError(f"model.lora: {file} is for the transformer of {told} noise; set model.expert: {told}")
+
+
+def work_in_parts(adapter: Adapter) -> None:
+    """Turns on the autoencoder's slicing and tiling as `model.vae` says.
+
+    Raises:
+        ValueError: this autoencoder has no such thing.
+    """
+    for name in ("slicing", "tiling"):
+        if getattr(adapter.config.vae, name):
+            if not hasattr(adapter.vae, f"use_{name}"):
+                kind = type(adapter.vae).__name__
+                raise ValueError(f"model.vae.{name}: the autoencoder of {adapter.family} ({kind}) has none; drop it")
+            getattr(adapter.vae, f"enable_{name}")()
+
+
+def no_bars() -> None:
     """Turns off the libraries' bars: loading takes a second, and mmalign's own progress must stay readable."""
     import diffusers
     import transformers
@@ -154,7 +214,7 @@ def lora_file(path: Path, key: str = "model.lora") -> Path:
     return file
 
 
-def _add_lora(pipe: Any, file: Path, fuse: bool) -> None:
+def _add_lora(adapter: Adapter, file: Path, fuse: bool) -> None:
     """Puts a LoRA beside the weights, or adds it to them.
 
     Raises:
@@ -166,18 +226,19 @@ def _add_lora(pipe: Any, file: Path, fuse: bool) -> None:
     logging = diffusers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that a LoRA of the denoiser has nothing for the text encoder
-    own = hasattr(pipe, "load_lora_weights")  # PixArt-Sigma's pipeline has no LoRA loader, our transformer has
+    pipe, denoiser = adapter.pipeline(), adapter.denoiser
+    # PixArt-Sigma's pipeline has no LoRA loader, its transformer has; and of two transformers only one may be there.
+    own = hasattr(pipe, "load_lora_weights") and adapter.config.expert is None
     options = {"weight_name": file.name, "local_files_only": True, "use_safetensors": True}
     try:
         if own:
             pipe.load_lora_weights(str(file.parent), **options)
         else:
-            pipe.transformer.load_lora_adapter(str(file.parent), prefix="transformer", **options)
+            denoiser.load_lora_adapter(str(file.parent), prefix="transformer", **options)
     except MISFITS as error:
         raise ValueError(f"model.lora: {file} does not fit the model ({str(error).splitlines()[0]}); {fix}") from error
     finally:
         logging.set_verbosity(level)
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
     if not (pipe.get_active_adapters() if own else getattr(denoiser, "peft_config", None)):
         raise ValueError(f"model.lora: no tensor of {file} has a place in the model; {fix}")
     loaded = pipe if own else denoiser
@@ -228,9 +289,12 @@ def fingerprint(config: Model) -> dict[str, str]:
     parts |= {"lora": lora_file(config.lora)} if config.lora else {}
     files = {name: [part] if part.is_file() else sorted(part.rglob("*")) for name, part in sorted(parts.items())}
     which = f"-{config.variant}" if config.variant else ""
-    return {
+    hashes = {
         name: (files_hash(f for f in found if f.suffix in _HASHED) or "empty") + which for name, found in files.items()
     }
+    if config.vae.tiling and "vae" in hashes:  # its latents are others
+        hashes["vae"] += "-tiled"
+    return hashes
 
 
 def sample_latents(moments: Tensor, noise: Tensor) -> Tensor:

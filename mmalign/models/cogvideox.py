@@ -29,6 +29,7 @@ class CogVideoX(VideoAdapter):
     pipeline_class: Any = CogVideoXPipeline
     fps = 8.0
     frames = 49
+    beside: tuple[str, ...] = ()  # entries of the condition that stand beside the noisy latents, as channels
     max_sequence_length = 226
     longest_text = 226
     schedulers = {
@@ -40,10 +41,15 @@ class CogVideoX(VideoAdapter):
         super().__init__(pipe, config)
         self.process = discrete(pipe.scheduler)
         told = self.denoiser.config
-        if told.patch_size_t not in (None, 1, 2) or told.ofs_embed_dim or told.use_learned_positional_embeddings:
+        self.frames = told.sample_frames
+        if told.patch_size_t:  # CogVideoX 1.5
+            self.fps = 16.0
+        wanted = self.vae.config.latent_channels * (2 if self.of_image else 1)
+        if told.patch_size_t not in (None, 1, 2) or told.in_channels != wanted:
             raise ValueError(
-                f"{config.path}: the transformer has patch_size_t, ofs_embed_dim or learned positions of no published "
-                "CogVideoX text-to-video model; use such a checkpoint"
+                f"{config.path}: the transformer has patches of {told.patch_size_t} latent frames and takes "
+                f"{told.in_channels} channels, and {self.pipeline_class.__name__} feeds it {wanted}; use a published "
+                "CogVideoX checkpoint of this class"
             )
         wanted = told.max_text_seq_length
         if not told.use_rotary_positional_embeddings and self.text_length != wanted:
@@ -111,9 +117,14 @@ class CogVideoX(VideoAdapter):
         """v at timesteps t [B]."""
         model = denoiser or self.denoiser
         dtype = next(model.parameters()).dtype
-        frames = noisy.to(dtype).transpose(1, 2)
-        out = model(frames, timestep=t.to(noisy.device), image_rotary_emb=self._rotary(noisy), **cast(condition, dtype))
-        return out.sample.transpose(1, 2)
+        known = cast(condition, dtype)
+        frames = torch.cat([noisy.to(dtype), *(known[name] for name in self.beside)], dim=1).transpose(1, 2)
+        out = model(
+            frames, encoder_hidden_states=known["encoder_hidden_states"], timestep=t.to(noisy.device),
+            ofs=frames.new_full((1,), 2.0) if self.denoiser.config.ofs_embed_dim else None,
+            image_rotary_emb=self._rotary(noisy),
+        ).sample  # fmt: skip
+        return out.transpose(1, 2)
 
     def _rotary(self, noisy: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine of each token's position for latents of this shape, from the pipeline's own method."""

@@ -35,7 +35,7 @@ class HunyuanVideo(VideoAdapter):
     text_encoders = ("text_encoder", "text_encoder_2")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     flow_schedulers = ("euler",)  # the pipeline hands over its own sigmas
-    fps = 15.0
+    fps = 24.0
     frames = 129
     max_sequence_length = 256
 

@@ -119,7 +119,7 @@ class LTXVideo(VideoAdapter):
     # ------------------------------------------------------------------------------------------------ prompts
 
     def encode_prompt(self, prompts: list[str], *, grad: bool = False) -> Condition:
-        """encoder_hidden_states [B, L, D] of T5 and encoder_attention_mask [B, L] (int64), for the transformer alone."""
+        """encoder_hidden_states [B, L, D] of T5, and encoder_attention_mask [B, L] (int64) for the transformer."""
         tokens = self.tokens(self.pipe.tokenizer, prompts, self.text_length)
         with self.encoding(grad):
             states = self.pipe.text_encoder(tokens.input_ids)[0]

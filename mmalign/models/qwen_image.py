@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mmalign.jobs import Model
 from mmalign.models.adapter import Adapter, Condition, cast, exact
@@ -112,13 +113,14 @@ class QwenImage(Adapter):
         dtype = next(model.parameters()).dtype
         b, _, h, w = noisy.shape
         mask = condition["encoder_hidden_states_mask"]
-        mask = mask[:, : int(mask.sum(1).max())]
+        known = not isinstance(mask, FakeTensor)  # without values, as in an estimate, text is as long as it can be
+        mask = mask[:, : int(mask.sum(1).max())] if known else mask
         states = condition["encoder_hidden_states"][:, : mask.shape[1]]
         tokens = model(
             hidden_states=pack(noisy.to(dtype)),
             timestep=t.to(noisy.device),
             encoder_hidden_states=cast({"states": states}, dtype)["states"],
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=None if not known or mask.all() else mask,
             img_shapes=[[(1, h // PATCH, w // PATCH)]] * b,
         ).sample
         return unpack(tokens, tuple(noisy.shape))

@@ -51,6 +51,12 @@ class Sana(Adapter):
         states, mask = (torch.cat(values)[order] for values in zip(*parts, strict=True))
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
+    def encode_negative(self, prompts: list[str]) -> Condition:
+        """As `encode_prompt`, without the instruction."""
+        with self.encoding(False):
+            states, mask = self._states([prompt.lower().strip() for prompt in prompts], "")
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
     def _states(self, texts: list[str], prefix: str) -> tuple[Tensor, Tensor]:
         """States and mask of the first token and the last L - 1, which leaves the prefix out."""
         length = self.text_length or self.max_sequence_length

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmalign.models.adapter import Adapter, exact
+from mmalign.models.adapter import Adapter, Condition, exact
 
 
 class VideoAdapter(Adapter):
@@ -62,9 +62,9 @@ class VideoAdapter(Adapter):
         step = 2 * self.temporal * self.patch_frames
         if not self._fits(frames):
             fitting = [n for n in range(1, frames + step) if self._fits(n)]
-            near = sorted(fitting, key=lambda n: (abs(n - frames), n))[:2]
+            near = " or ".join(map(str, sorted(sorted(fitting, key=lambda n: (abs(n - frames), n))[:2])))
             raise ValueError(
-                f"{key}: {frames} frames do not fit {self.family}, whose autoencoder {self.coding}; use {' or '.join(map(str, sorted(near)))}"
+                f"{key}: {frames} frames do not fit {self.family}, whose autoencoder {self.coding}; use {near}"
             )
 
     @property
@@ -77,6 +77,12 @@ class VideoAdapter(Adapter):
 
     def image_tokens(self, shape: tuple[int, ...]) -> int:
         return (shape[-3] // self.patch_frames) * super().image_tokens(shape)
+
+    def encode_images(self, images: Tensor, frames: int) -> Condition:
+        """What the denoiser is told of the first frames [B, 3, H, W] in [-1, 1] of clips of so many frames; nothing by
+        default.
+        """
+        return {}
 
     def drawn(self, output: Any) -> np.ndarray:
         return np.asarray(output.frames)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmalign.formats import OVERALL, Dropped
 from mmalign.jobs_bench import BenchConfig
 from mmalign.media_table import MediaRow
+from mmalign.preference_row import OVERALL, Dropped
 from mmalign.protocols.sets import NAN, Group, Items, RewardSet, annotation_file, existing, media_root
 
 

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmalign.formats import OVERALL, Dropped, PreferenceRow, hpdv2, imagereward, pickapic
+from mmalign.formats import hpdv2, imagereward, pickapic
+from mmalign.formats_video import ClipPair, bench_axes, clip_pair
 from mmalign.jobs_bench import BenchConfig
 from mmalign.media_table import MediaRow
+from mmalign.preference_row import OVERALL, Dropped, PreferenceRow
 from mmalign.protocols.pairs import VOTES
 from mmalign.records import MediaRef, Record, missing_columns, read_records
 
 NAN = float("nan")
-AXES = ("Overall", "VQ", "MQ", "TA")  # of VideoGen-RewardBench, in the order of its leaderboard
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -266,31 +267,27 @@ def read_videogen(config: BenchConfig) -> RewardSet:
     """
     table = annotation_file(config, "videogen-rewardbench.csv", "*.csv")
     records = read_records(table, media_root(config, table.parent))
-    columns = {axis: axis for axis in AXES}
-    if "Overall" not in records.columns and "ALL" in records.columns:
-        columns["Overall"] = "ALL"
+    columns = bench_axes(records.columns)
     if missing := {"path_A", "path_B", "prompt", *columns.values()} - set(records.columns):
         raise ValueError(missing_columns(table, sorted(missing), records.columns, "VideoGen-RewardBench"))
     items, groups, dropped = Items(), [], []
     for record in records:
-        values = record.values
-        if not all(isinstance(values.get(name), str) and values[name] for name in ("path_A", "path_B", "prompt")):
-            dropped.append(Dropped(record.origin, "no prompt or path", "prompt, path_A and path_B must be text"))
+        pair = clip_pair(record, columns)
+        if isinstance(pair, Dropped):
+            dropped.append(pair)
             continue
-        keys = [items.add(values[f"path_{side}"], _clip(record, side)) for side in "AB"]
-        human = {axis: _LABELS.get(str(values.get(name)).strip(), (NAN, NAN)) for axis, name in columns.items()}
-        groups.append((keys, Group(values["prompt"], (), human, unit=values["prompt"])))
+        keys = [items.add(pair.names[side], _clip(pair, side)) for side in (0, 1)]
+        human = {axis: _LABELS[pair.label[axis]] if axis in pair.label else (NAN, NAN) for axis in columns}
+        groups.append((keys, Group(pair.prompt, (), human, unit=pair.prompt)))
     found: RewardSet = items.finish(groups, dropped)
     return found
 
 
-def _clip(record: Record, side: str) -> MediaRow:
-    values = record.values
-    fps, frames = values.get(f"fps_{side}"), values.get(f"num_frames_{side}")
+def _clip(pair: ClipPair, side: int) -> MediaRow:
+    fps, frames = pair.fps[side], pair.num_frames[side]
     return MediaRow(
-        "", values["prompt"], record.path(values[f"path_{side}"]).file, modality="video",
-        model=_text(record, f"{side}_model"), fps=None if fps is None else float(fps),
-        num_frames=None if frames is None else int(frames),
+        "", pair.prompt, pair.media[side].file, modality="video", model=pair.models[side],
+        fps=None if fps is None else float(fps), num_frames=None if frames is None else int(frames),
     )  # fmt: skip
 
 

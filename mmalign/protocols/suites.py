@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mmalign.formats import Dropped
 from mmalign.jobs_bench import BenchConfig
 from mmalign.media import read_image, write_image
 from mmalign.media_table import MediaRow
+from mmalign.preference_row import Dropped
 from mmalign.progress import track
 from mmalign.protocols.sets import SUFFIXES, RewardSet, annotation_file, existing
 from mmalign.records import json_lines, missing_columns, read_records

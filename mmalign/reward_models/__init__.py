@@ -14,7 +14,9 @@
 
 Two towers (CLIP) fill `Features.image` and `.text`; a network that reads picture and prompt at once (BLIP with cross
 attention, a VLM with special tokens) fills `.own` with the scores of its head, [N] or [N, axes], and `.image` with what
-that head was given, for other heads. Frozen families need `towers_frozen` besides, see `frozen.py`.
+that head was given, for other heads. Frozen families need `towers_frozen` besides, see `frozen.py`. What reads noisy
+latents (`latent.py`) has no `inputs`: `mmalign.tasks.noised` draws times and noise, and makes a family like others of
+it.
 
 A new family is one more file, a line in `_CLASSES`, one in `REWARD_FAMILIES` (and `TWO_TOWERS`) of
 `mmalign.jobs_reward` and one in `Model.family`.
@@ -33,6 +35,7 @@ _CLASSES = {
     "open_clip": "mmalign.reward_models.clip:ClipTowers",
     "image_reward": "mmalign.reward_models.blip:ImageRewardFamily",
     "qwen2_vl": "mmalign.reward_models.qwen2_vl:Qwen2VLFamily",
+    "latent": "mmalign.reward_models.latent:LatentFamily",
 }
 
 

@@ -110,15 +110,15 @@ def _captions(
 def judged_clips(
     count: int, seed: int, annotator: str, *, votes: int = 1, per_prompt: int = 2, held_out: bool = False,
     counts: tuple[float, ...] = COUNT_WEIGHTS, frames: int = FRAMES, side: int = PIXELS, fps: float = FPS,
-    axes: tuple[str, ...] = AXES, dimensions: Mapping[str, float] | None = None, processes: int = 1,
+    axes: tuple[str, ...] = (), dimensions: Mapping[str, float] | None = None, processes: int = 1,
 ) -> list[Judged]:  # fmt: skip
     """Clips of `count` captions, `per_prompt` of each, any of them wrong or damaged, judged in pairs.
 
     Half of the clips break their caption in one thing, half have damaged pictures, half damaged motion, independently.
-    `axes` of the result are shares of votes on each axis alone, a tie being half a vote, `axis_scores` the axes of
-    `mmalign.shapes.axes`. `wins` are the shares of votes on the whole, or with `dimensions` the mean of those on the
-    axes, weighted by them; `scores` are the annotator's utilities without noise. `votes`, `processes` as in
-    `mmalign.shapes.data.judged_groups`; a pair takes about 20 ms.
+    `wins` of the result are the shares of votes on the whole, a tie being half a vote, or with `dimensions` the mean of
+    those on the axes, weighted by them; `scores` are the annotator's utilities without noise. `axes` (as `data.axes`)
+    names those whose votes are kept apart, in the result's `axes`, and beside them in `axis_scores` the values of
+    `mmalign.shapes.axes`. `votes`, `processes` as in `mmalign.shapes.data.judged_groups`; a pair takes about 20 ms.
 
     Raises:
         ValueError: no annotator has that name, no axis, or the weights are not above 0; or as `drawn_clips`.

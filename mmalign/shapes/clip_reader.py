@@ -83,7 +83,7 @@ class Track:
     def steps(self) -> np.ndarray:
         """How far it comes from frame to frame, as shares of what its speed would be, [T - 1, 2], NaN where not seen.
 
-        Of each step the part along its velocity, and the length in whatever direction.
+        Of each step the part along its velocity, and the length in whatever direction. For a track that moves.
         """
         steps = np.diff(self.places[:, :2], axis=0) * self.fps / self.speed
         return np.stack([steps @ np.array([self.vx, self.vy]) / self.speed, np.hypot(*steps.T)], 1)

@@ -92,8 +92,10 @@ def read(image: np.ndarray, side: int = SIDE) -> Reading:
     Deterministic. Cleanliness is exp(-mess / 150), where the mess sums min(1, (RGB error / 0.3) ** 2) over the pixels
     of the difference between the image and the redrawn reading. Redrawn are proper shapes alone: an object without a
     kind or a colour, or smaller than any shape of this world, is mess. Without any proper shape the cleanliness is 0.
-    Raises ValueError for anything but a uint8 RGB array.
+    Raises ValueError for anything but a uint8 RGB array, and for a side above 64.
     """
+    if not 0 < side <= SIDE:
+        raise ValueError(f"images are read at 1 to {SIDE} pixels across, not {side}; larger ones are brought there.")
     pixels = _canonical(image, side)
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     ground = np.median(border, axis=0)

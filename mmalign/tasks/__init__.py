@@ -43,5 +43,7 @@ def make(config: TrainConfig, device: torch.device) -> Any:
     """The task of a config. The model's folder is checked first, then the data are read, then weights load."""
     if config.task != "reward":
         base.check(config.model)
+    elif config.model.family == "latent":
+        base.check(config.model.model_copy(update={"family": "auto"}))
     module, _, name = TASKS[config.task].partition(":")
     return getattr(importlib.import_module(module), name)(config, device)

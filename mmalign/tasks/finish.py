@@ -29,12 +29,23 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def load(config: TrainConfig, device: torch.device) -> Any:
     """The adapter, with frozen weights in the run's precision; what is trained, and the VAE, stay in float32."""
-    adapter = base.load(config.model, device=device, dtype=frozen_dtype(config), vae_dtype=torch.float32)
+    if config.model.expert and (config.validation.prompts or config.guards.early_stopping):
+        raise ValueError(
+            "model.expert: one of two transformers is loaded, and drawing takes both; drop validation.prompts and "
+            "guards.early_stopping, and draw with mmalign sample"
+        )
+    adapter = base.load(
+        config.model, training=True, device=device, dtype=frozen_dtype(config), vae_dtype=torch.float32,
+        waiting=[name for name in config.optim.offload if name != "reference"],
+    )  # fmt: skip
     if adapter.denoiser.config.get("time_cond_proj_dim"):
         raise ValueError(
             f"the denoiser of {config.model.path} is told its guidance (LCM: time_cond_proj_dim): a consistency model, "
             "which these losses do not train; give the model that it was distilled from"
         )
+    drawing = {"validation.prompts": config.validation.prompts, "guards.early_stopping": config.guards.early_stopping}
+    for name in (name for name, wanted in drawing.items() if wanted and adapter.of_image):
+        raise ValueError(f"{name}: {adapter.family} draws from pictures, and there are none for prompts; drop it")
     return adapter
 
 
@@ -151,7 +162,7 @@ def draw(
     device = "cuda" if adapter.device.type == "cuda" else "cpu"
     try:
         autocast = torch.autocast(device, PRECISIONS[config.precision], enabled=config.precision != "fp32")
-        with autocast, _exact_decoding(adapter):
+        with autocast, _exact_decoding(adapter), adapter.at_hand("vae", *adapter.text_encoders):
             pictures = adapter.draw(
                 prompts, [torch.Generator().manual_seed(seed) for seed in seeds], guidance_scale=guidance_scale,
                 num_inference_steps=steps, height=config.data.resolution, width=config.data.resolution,
@@ -186,11 +197,15 @@ def export(adapter: Any, config: TrainConfig, folder: Path, facts: dict[str, Any
     denoiser = adapter.denoiser
     if has_adapter(adapter):
         state = {name: value.detach().cpu() for name, value in get_peft_model_state_dict(denoiser).items()}
-        exporting.export_lora(state, denoiser.peft_config["default"], adapter.family, denoiser.config, folder)
+        exporting.export_lora(
+            state, denoiser.peft_config["default"], adapter.family, denoiser.config, folder, expert=config.model.expert
+        )
+    elif config.model.expert:
+        denoiser.save_pretrained(folder / adapter.denoiser_name)
     else:
         exporting.export_full(adapter.pipeline(), folder)
     exporting.model_card(
         folder, config=config.model_dump(mode="json"), data=str(facts.get("data", "")), scores={},
         base_model=str(config.model.path), licence="other", family=adapter.family, lora=has_adapter(adapter),
-        absent=[name for name in adapter.may_lack if getattr(adapter.pipe, name) is None],
+        absent=[n for n in adapter.may_lack if getattr(adapter.pipe, n) is None and not config.model.expert],
     )  # fmt: skip

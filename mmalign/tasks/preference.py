@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from mmalign.jobs import Model, TrainConfig
 from mmalign.losses import guards
 from mmalign.losses.errors import beta_units, implicit_reward, squared_error
-from mmalign.methods import Preference
+from mmalign.methods import Preference, WithBeta
 from mmalign.models import base
-from mmalign.models.adapter import Condition
+from mmalign.models.adapter import Condition, lent_to
 from mmalign.models.shared_text import once_per_prompt
 from mmalign.progress import track
 from mmalign.tasks import buckets, finish, sources
 from mmalign.tasks.groups import constants, grid, judgement
-from mmalign.tasks.inputs import DENOISER, Inputs, View, draw, timesteps, unit_noise
+from mmalign.tasks.inputs import DENOISER, Inputs, Size, View, draw, timesteps, unit_noise
 from mmalign.tasks.noising import Noising
 from mmalign.tasks.state import Averages, Lagged, adapter_off
 from mmalign.tasks.watch import Watch
@@ -80,10 +80,12 @@ class PreferenceTask:
 
     def _frozen(self, device: torch.device) -> nn.Module:
         """A second denoiser: a copy of the model's own, or that of `reference.model` with `reference.lora`."""
+        home = torch.device("cpu") if "reference" in self.config.optim.offload else device
         if not self.config.reference.other:
-            return copy.deepcopy(self.adapter.denoiser).requires_grad_(False).eval()
+            copied: nn.Module = copy.deepcopy(self.adapter.denoiser).requires_grad_(False).eval()
+            return copied.to(home)
         dtype = self.adapter.denoiser.dtype
-        loaded = base.load(self._reference_model(), device=device, dtype=dtype)
+        loaded = base.load(self._reference_model(), device=home, dtype=dtype, training=True)
         return loaded.denoiser.requires_grad_(False).eval()
 
     def _reference_model(self) -> Model:
@@ -95,6 +97,7 @@ class PreferenceTask:
             return model.model_copy(update={"lora": wanted.lora})
         # What replaces parts of the model does not replace the reference's.
         told = {"lora": wanted.lora, "variant": wanted.variant, "max_sequence_length": model.max_sequence_length}
+        told["expert"] = model.expert
         return Model(path=wanted.model, **told)
 
     def _make_averages(self) -> tuple[str, ...]:
@@ -116,10 +119,10 @@ class PreferenceTask:
         found = {"data": summary + self.targets.summary(), "reference": reference, **self._units(self.targets.largest)}
         return {**found, "contents": sources.digest(self.groups), **self.targets.facts(self._units)}
 
-    def _units(self, size: buckets.Size) -> dict[str, Any]:
+    def _units(self, size: Size) -> dict[str, Any]:
         """Numbers of a picture's (or clip's) latents, and beta per element and per sample for as many."""
         elements = int(torch.tensor(self.adapter.latent_shape(*size)).prod())
-        units = beta_units(self.beta, elements, self.objective.reduction) if self.beta else {}
+        units = beta_units(self._beta_at(elements), elements, self.objective.reduction) if self.beta else {}
         return {"latent_elements": elements, **units}
 
     @property
@@ -131,6 +134,10 @@ class PreferenceTask:
         if automatic is None or size is None:
             return own
         return guards.beta_for(automatic.target, size, automatic.low * own, automatic.high * own)
+
+    def _beta_at(self, elements: int) -> float:
+        """beta for latents of so many numbers, where `loss.beta_elements` scales it; else beta."""
+        return self.objective.beta_for(self.beta, elements) if isinstance(self.objective, WithBeta) else self.beta
 
     # -------------------------------------------------------------------------------------------------- batches
 
@@ -182,7 +189,8 @@ class PreferenceTask:
         mask = batch["mask"].to(noisy.device)
         prediction = self.adapter.predict(noisy, t, condition)
         model = grid(self._errors(prediction, target), mask)
-        others, reference = {"mask": mask, "t": grid(t, mask)[:, 0]}, None
+        size = torch.tensor(noisy[0].numel())
+        others, reference = {"mask": mask, "t": grid(t, mask)[:, 0], "elements": size}, None
         if compare:
             theirs = self._reference_prediction(noisy, t, condition)
             reference = grid(self._errors(theirs, target), mask)
@@ -209,7 +217,7 @@ class PreferenceTask:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The pure function, with what it needs, on errors [B] for singles and [B, k] else."""
         settings = self.objective.own()
-        beta = self.beta
+        beta = self._beta_at(int(given["elements"]))
         if "beta" in settings:
             settings["beta"] = beta
         needed = {name: torch.as_tensor(given[name]).to(model.device) for name in self.objective.needs}
@@ -260,7 +268,7 @@ class PreferenceTask:
         else:
             unit = unit_noise(adapter, latents.shape[1:], of_picture)
         condition = self.inputs.conditions(batch["prompts"])
-        condition = adapter.add_size(condition, torch.stack([item.sizes for item in batch["fetched"]]))
+        condition = self.inputs.seen(condition, batch["fetched"])
         noisy, unit = self.noising(batch, latents, t, unit, condition, of_picture)
         return noisy, t, condition, adapter.process.target(latents, t, unit)
 
@@ -287,7 +295,9 @@ class PreferenceTask:
     @torch.no_grad()
     def _reference_prediction(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if self.frozen is not None:
-            return self.adapter.predict(noisy, t, condition, self.frozen)
+            away = "reference" in self.config.optim.offload
+            with lent_to(self.adapter.device, self.frozen) if away else nullcontext():
+                return self.adapter.predict(noisy, t, condition, self.frozen)
         with adapter_off(self.adapter.denoiser):
             return self.adapter.predict(noisy, t, condition)
 
@@ -302,7 +312,8 @@ class PreferenceTask:
         """The cache key of what the reference makes of one numbered draw of a group."""
         config = self.config
         drawn: dict[str, Any] = {"timesteps": config.timesteps.model_dump(), "noise": config.noise.identity()}
-        drawn["told"] = [self.adapter.text_length, self.adapter.guidance]
+        expert = config.model.expert
+        drawn["told"] = [self.adapter.text_length, self.adapter.guidance, *([expert] if expert else [])]
         return self.inputs.key(
             weights=self.weights_key, seed=config.seed, pair=list(key), precision=config.precision, **drawn, **more
         )

@@ -24,6 +24,7 @@ from mmalign.methods_reward import BTT, Fitting, Ordinal
 from mmalign.reward_models.clip import FrozenClip, folder_hash
 from mmalign.reward_models.frozen import FrozenFeatures
 from mmalign.tasks import reward_labels, sources
+from mmalign.tasks.noised import NoisedMedia
 
 
 class RewardTask:
@@ -52,12 +53,17 @@ class RewardTask:
         settings = reward.head or (Cosine() if family in TWO_TOWERS else Own())
         self.users = self.labels.users if self.labels and settings.kind in PERSONAL else ()
         self.modules = nn.ModuleDict()
-        if reward.train == "head":
+        frozen = reward.train == "head" and family in TWO_TOWERS
+        if frozen:
             assert self.labels is not None
             self.frozen = FrozenClip(config, device)
             self.source: Any = FrozenFeatures(self.frozen, config, *self.labels.everything())
         else:
             self.source = reward_models.make(config, device)
+            if family == "latent":
+                assert self.labels is not None
+                self.source = NoisedMedia(self.source, config)
+                self.source.fit(*self.labels.everything())
             self.modules[self.source.name] = self.source.module
         torch.manual_seed(config.seed)
         gaussian = isinstance(self.objective, Fitting) and self.objective.spread
@@ -66,7 +72,7 @@ class RewardTask:
             users=len(self.users), gaussian=gaussian,
         ).to(device)  # fmt: skip
         self.settings, self.modules["head"] = settings, self.head
-        if reward.train == "head":
+        if frozen:
             inputs = self.head.inputs
             assert isinstance(inputs, Inputs)
             inputs.fit(self.source.joined(self.items))
@@ -96,15 +102,20 @@ class RewardTask:
         batch: dict[str, Any] = {"items": index, "weight": weight}
         if self.objective.items == "lists":
             flat = [(m, p) for group in groups for m, p in zip(group.media, group.prompts, strict=True)]
+            of_flat = [at for at, group in zip(positions, groups, strict=True) for _ in group.media]
             batch |= reward_labels.graded(groups, self.objective, len(self.config.data.axes))
         else:
             flat = [(group.media[side], group.prompts[side]) for side in (0, 1) for group in groups]
+            of_flat = [*positions, *positions]
             batch |= reward_labels.paired(groups, self.objective)
             if self.labels.margins:
                 batch["margin"] = torch.tensor([self.labels.margins[i] for i in index])
         numbers = {user: number for number, user in enumerate(self.users)}
         batch["users"] = torch.tensor([numbers.get(group.user, UNKNOWN) for group in groups])
-        batch["inputs"] = self.source.inputs([m for m, _ in flat], [p for _, p in flat])
+        drawn = {}
+        if isinstance(self.source, NoisedMedia):
+            drawn["keys"] = [(*self.items[item].identity, epoch) for item, epoch in of_flat]
+        batch["inputs"] = self.source.inputs([m for m, _ in flat], [p for _, p in flat], **drawn)
         if isinstance(self.head, VPLHead):
             batch["context"] = self._context([self.contexts.of(item, epoch) for item, epoch in positions])
         return batch
@@ -215,6 +226,10 @@ class RewardTask:
         """What the scorer of the family reads: a fitted scorer's folder, the cosine's towers in HPSv2's layout and in
         half precision; of a network with its own head, the network's own layout."""
         config, objective = self.config, self.objective
+        if isinstance(self.source, NoisedMedia):
+            assert self.labels is not None
+            self.source.save(folder, *self.labels.everything(), self._grades())
+            return
         if isinstance(self.settings, Own):
             self.source.save(folder, self._grades())
             return

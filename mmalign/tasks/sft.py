@@ -56,7 +56,7 @@ class SFTTask:
         t = timesteps(adapter, self.config.timesteps, latents.shape[1:], generators)
         unit = unit_noise(adapter, latents.shape[1:], generators)
         condition = self.inputs.conditions(batch["prompts"], grad=self.train_text)
-        condition = adapter.add_size(condition, torch.stack([item.sizes for item in batch["fetched"]]))
+        condition = self.inputs.seen(condition, batch["fetched"])
         prediction = adapter.predict(adapter.process.noisy(latents, t, unit), t, condition)
         error = squared_error(prediction, adapter.process.target(latents, t, unit))
         return supervised.denoising(

@@ -12,9 +12,11 @@ from mmalign import judgements, tables
 from mmalign.jobs import Data
 from mmalign.judgements import Group
 from mmalign.paths import find
+from mmalign.preference_row import PreferenceRow
+from mmalign.records import nearest
 from mmalign.shapes import clip_data
 from mmalign.shapes.data import drawings, judged_groups
-from mmalign.tasks.lengths import long_enough
+from mmalign.tasks.lengths import long_enough, resampling
 
 WORTH_A_POOL = 5000  # pairs, a hundred seconds of judging in one process
 
@@ -38,7 +40,7 @@ def singles(data: Data) -> tuple[list[Single], str]:
     assert data.table is not None
     table = tables.captioned(find(data.table), data.root, data.verify)
     rows, short = long_enough(table.rows, lambda row: (row.media,), data)
-    summary = tables.summary(len(rows), [*table.dropped, *short])
+    summary = tables.summary(len(rows), [*table.dropped, *short]) + resampling(rows)
     found = [Single(row.prompt, row.media) for row in rows]
     return _some(found, data, summary)[: data.limit], summary
 
@@ -53,31 +55,60 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
     """Judged pictures as an objective takes them, and the same sentence."""
     if data.shapes:
         wanted = data.shapes
-        found = (clip_data.judged_clips if data.frames else judged_groups)(
-            wanted.scenes,
-            wanted.seed,
-            wanted.annotator,
-            votes=wanted.votes,
-            per_prompt=wanted.per_prompt,
-            held_out=wanted.held_out,
-            processes=1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
+        told: dict[str, Any] = {
+            "votes": wanted.votes,
+            "per_prompt": wanted.per_prompt,
+            "held_out": wanted.held_out,
+            "processes": 1 if wanted.scenes < WORTH_A_POOL else os.cpu_count() or 1,
             **({"counts": wanted.counts} if wanted.counts else {}),
             **_clips(data),
-        )
-        found = found[: data.limit]
+            **({"axes": data.axes, "dimensions": data.dimensions} if data.frames else {}),
+        }
+        draw = clip_data.judged_clips if data.frames else judged_groups
+        judge = wanted.annotator or ("balanced" if data.frames else "faithful")
+        found = draw(wanted.scenes, wanted.seed, judge, **told)[: data.limit]
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
     else:
         assert data.table is not None
-        table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, data.dimension)
+        table = preferences(data)
         rows, short = long_enough(table.rows, lambda row: row.media, data)
         found = judgements.judged(rows[: data.limit], data)
-        summary = tables.summary(len(rows), [*table.dropped, *short])
+        summary = tables.summary(len(rows), [*table.dropped, *short]) + resampling(rows)
     kept = judgements.AS[items](found, data)
     used = f", of the first {data.limit}" if data.limit else ""
     summary = f"{summary}; {len(kept)} {items}{used}, ties: {data.ties}"
     if not any(group.weight for group in _some(kept, data, summary)):
         raise ValueError(f"{data.table}: every row has weight 0, so nothing would be trained on ({summary})")
     return kept, summary
+
+
+def preferences(data: Data) -> tables.PreferenceTable:
+    """The table's rows that were judged on something that `data` asks for.
+
+    Raises:
+        ValueError: as `tables.read_preferences`, or no row is judged on one of the dimensions or axes.
+    """
+    assert data.table is not None
+    chosen = data.dimension or data.axes or _weighted(data.dimensions)
+    table = tables.read_preferences(find(data.table), data.format, data.root, data.verify, chosen)
+    _check_dimensions(table.rows, data)
+    return table
+
+
+def _weighted(dimensions: dict[str, float] | None) -> tuple[str, ...] | None:
+    return tuple(name for name, weight in dimensions.items() if weight > 0) if dimensions else None
+
+
+def _check_dimensions(rows: Sequence[PreferenceRow], data: Data) -> None:
+    """ValueError for a name that no row is judged on, which would else count for nothing without a word."""
+    held = list(dict.fromkeys(name for row in rows for name in row.dimensions()))
+    for key, wanted in (("data.dimensions", _weighted(data.dimensions)), ("data.axes", data.axes)):
+        absent = next((name for name in wanted or () if name not in held), None)
+        if absent is not None:
+            raise ValueError(
+                f"{key}: no row of {data.table} is judged on {absent!r}.{nearest(absent, held)} "
+                f"It judges {', '.join(held)}."
+            )
 
 
 def _some(items: list[Any], data: Data, summary: str) -> list[Any]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.discovery import load_evaluator
-from mmalign.evaluation import Batch, Evaluator, subscores
+from mmalign.evaluation import Evaluator
 from mmalign.jobs import TrainConfig
 from mmalign.paths import find
+from mmalign.pixel_scores import PixelScorer
 from mmalign.tasks import finish
 from mmalign.tasks.state import Lagged
 
@@ -32,14 +33,16 @@ class Watch(nn.Module):
         config = run.guards.early_stopping
         assert config is not None
         self._run, self._config, self._adapter = run, config, adapter
-        self._evaluator = load_evaluator(config.evaluator.name, config.evaluator.params, device=adapter.device)
-        if not isinstance(self._evaluator, Evaluator):
+        evaluator = load_evaluator(config.evaluator.name, config.evaluator.params, device=adapter.device)
+        if not isinstance(evaluator, Evaluator):
             raise ValueError(f"early_stopping.evaluator: {config.evaluator.name} scores whole sets, not pictures")
         lines = find(config.prompts).read_text(encoding="utf-8").splitlines() if find(config.prompts).is_file() else []
         self._prompts = [line.strip() for line in lines if line.strip()][: config.limit]
         if not self._prompts:
             raise ValueError(f"early_stopping.prompts: {config.prompts} holds no prompts; write one per line")
-        self._sign = 1.0 if self._evaluator.higher_is_better else -1.0
+        rate = (run.data.fps or adapter.fps) if adapter.modality == "video" else None
+        self._scorer = PixelScorer(evaluator, config.evaluator.name, fps=rate)
+        self._sign = self._scorer.sign
         self._weights = Lagged(adapter.denoiser)
         self.register_buffer("best", torch.zeros((), dtype=torch.float64))  # of no meaning before the first look
         self.register_buffer("looks", torch.zeros((), dtype=torch.int64))
@@ -83,13 +86,8 @@ class Watch(nn.Module):
         prompts = self._prompts[start : start + wanted.batch_size]
         seeds = range(wanted.seed + start, wanted.seed + start + len(prompts))
         pictures = finish.draw(adapter, self._run, prompts, seeds, wanted.steps, wanted.guidance_scale)
-        tensors = [torch.from_numpy(picture).movedim(-1, -3).contiguous() for picture in pictures]
-        assert isinstance(self._evaluator, Evaluator)
-        clips = adapter.modality == "video"
-        rate = (self._run.data.fps or adapter.fps) if clips else None
-        batch = Batch(prompts=prompts, fps=[rate] * len(prompts), aux=[{}] * len(prompts))
-        batch.frames, batch.images = (tensors, []) if clips else ([], tensors)
-        named = subscores(self._evaluator.score(batch), len(prompts), wanted.evaluator.name)
+        pixels = torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 255
+        named = self._scorer.named(pixels, prompts)
         name = wanted.subscore or next(iter(named))
         if name not in named:
             raise ValueError(f"early_stopping.subscore: {wanted.evaluator.name} gives {', '.join(named)}, not {name!r}")

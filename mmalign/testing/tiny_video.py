@@ -18,23 +18,33 @@ from diffusers import (
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MotionAdapter,
     UNet2DConditionModel,
     UNetMotionModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from transformers import CLIPTextModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from mmalign.testing.tiny import text_config, tiny_tokenizer
 from mmalign.testing.tiny_language import tiny_llama, tiny_llama_tokenizer
@@ -43,8 +53,12 @@ from mmalign.testing.tiny_transformers import seeded, tiny_t5, tiny_t5_tokenizer
 _WIDTH = 32
 
 
-def tiny_wan(path: str | Path, seed: int = 0) -> Path:
-    """Save a tiny `WanPipeline`; its autoencoder has a factor of 4 in space, the published one's is 8."""
+def tiny_wan(path: str | Path, seed: int = 0, *, image: bool = False) -> Path:
+    """Save a tiny `WanPipeline`, or with `image` a `WanImageToVideoPipeline`, as of Wan 2.1.
+
+    Its autoencoder has a factor of 4 in space, the published one's is 8.
+    """
+    told: dict[str, Any] = {"in_channels": 12, "image_dim": _WIDTH, "added_kv_proj_dim": 32} if image else {}
     with seeded(seed):
         tokenizer = tiny_t5_tokenizer()
         text_encoder = UMT5EncoderModel(
@@ -54,23 +68,40 @@ def tiny_wan(path: str | Path, seed: int = 0) -> Path:
             )
         )  # fmt: skip
         transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2), in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
-            attention_head_dim=16, text_dim=_WIDTH, freq_dim=16, ffn_dim=32, rope_max_seq_len=32,
+            patch_size=(1, 2, 2), out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+            text_dim=_WIDTH, freq_dim=16, ffn_dim=32, rope_max_seq_len=32, **{"in_channels": 4, **told},
         )  # fmt: skip
         vae = AutoencoderKLWan(
             base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
             latents_mean=[-0.7571, -0.7089, -0.9113, 0.1075], latents_std=[2.8184, 1.4541, 2.3275, 2.6558],
             scale_factor_spatial=4,
         )  # fmt: skip
-    WanPipeline(
+        tower = _vision() if image else {}
+    (WanImageToVideoPipeline if image else WanPipeline)(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer,
         scheduler=UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"),
+        **tower,
     ).save_pretrained(str(path))  # fmt: skip
     return Path(path)
 
 
-def tiny_cogvideox(path: str | Path, seed: int = 0, *, kind: Literal["2b", "5b", "1.5"] = "2b") -> Path:
-    """Save a tiny `CogVideoXPipeline`.
+def _vision() -> dict[str, Any]:
+    """A two-layer vision tower of CLIP and what cuts pictures for it."""
+    config = CLIPVisionConfig(
+        hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+        patch_size=8,
+    )  # fmt: skip
+    size = {"height": 16, "width": 16}
+    return {
+        "image_encoder": CLIPVisionModel(config),
+        "image_processor": CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+    }
+
+
+def tiny_cogvideox(
+    path: str | Path, seed: int = 0, *, kind: Literal["2b", "5b", "1.5"] = "2b", image: bool = False
+) -> Path:
+    """Save a tiny `CogVideoXPipeline`, or with `image` a `CogVideoXImageToVideoPipeline`.
 
     Args:
         path: folder to write; made when it does not exist.
@@ -78,26 +109,28 @@ def tiny_cogvideox(path: str | Path, seed: int = 0, *, kind: Literal["2b", "5b",
         kind: 2b has positions as sums of sines and a DDIM scheduler with a shifted signal-to-noise ratio; 5b rotary
             positions and a DPM scheduler; 1.5 patches of two latent frames besides.
     """
-    rotary = kind != "2b"
+    rotary, fifteen = kind != "2b", kind == "1.5"
+    told = {"use_learned_positional_embeddings": not fifteen, "ofs_embed_dim": 8 if fifteen else None} if image else {}
     with seeded(seed):
         tokenizer = tiny_t5_tokenizer()
         text_encoder = tiny_t5(tokenizer)
         transformer = CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-            text_embed_dim=_WIDTH, num_layers=2, sample_width=8, sample_height=8, sample_frames=9,
-            patch_size_t=2 if kind == "1.5" else None, patch_bias=kind != "1.5", attention_bias=True,
-            use_rotary_positional_embeddings=rotary,
+            num_attention_heads=2, attention_head_dim=16, in_channels=8 if image else 4, out_channels=4,
+            time_embed_dim=8, text_embed_dim=_WIDTH, num_layers=2, sample_width=8, sample_height=8, sample_frames=9,
+            patch_size_t=2 if fifteen else None, patch_bias=not fifteen, attention_bias=True,
+            use_rotary_positional_embeddings=rotary, **told,
         )  # fmt: skip
         vae = AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3,
             block_out_channels=(8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
             scaling_factor=0.7 if rotary else 1.15258426, sample_height=32, sample_width=32,
+            invert_scale_latents=image and fifteen,
         )  # fmt: skip
     settings: dict[str, Any] = {
         "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
         "clip_sample": False, "snr_shift_scale": 1.0 if rotary else 3.0,
     }  # fmt: skip
-    CogVideoXPipeline(
+    (CogVideoXImageToVideoPipeline if image else CogVideoXPipeline)(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer,
         scheduler=CogVideoXDPMScheduler(**settings) if rotary else CogVideoXDDIMScheduler(**settings),
     ).save_pretrained(str(path))  # fmt: skip
@@ -142,8 +175,10 @@ def _rename(file: Path, **entries: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}, indent=2) + "\n")
 
 
-def tiny_ltx(path: str | Path, seed: int = 0, *, told_time: bool = False) -> Path:
-    """Save a tiny `LTXPipeline`; its autoencoder has a factor of 8 in space and 4 in time, the published 32 and 8.
+def tiny_ltx(path: str | Path, seed: int = 0, *, told_time: bool = False, image: bool = False) -> Path:
+    """Save a tiny `LTXPipeline`, or with `image` an `LTXImageToVideoPipeline`, which has the same parts.
+
+    Its autoencoder has a factor of 8 in space and 4 in time, the published 32 and 8.
 
     Args:
         path: folder to write; made when it does not exist.
@@ -170,7 +205,7 @@ def tiny_ltx(path: str | Path, seed: int = 0, *, told_time: bool = False) -> Pat
         for name, weight in vae.named_parameters():
             if "per_channel_scale" in name:  # zeros at first, and the noise would be nothing
                 torch.nn.init.constant_(weight, 0.1)
-    LTXPipeline(
+    (LTXImageToVideoPipeline if image else LTXPipeline)(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024,
@@ -187,8 +222,8 @@ def tiny_animatediff(path: str | Path, seed: int = 0) -> Path:
         text_encoder = CLIPTextModel(text_config(tokenizer, "quick_gelu"))
         unet = UNet2DConditionModel(
             sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=4, cross_attention_dim=_WIDTH,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4, cross_attention_dim=_WIDTH,
         )  # fmt: skip
         motion = MotionAdapter(
             block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2,

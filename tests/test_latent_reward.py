@@ -1,0 +1,510 @@
+"""Rewards on noisy latents: what is caught of a denoiser, how they are fitted, what is exported, and what refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmalign import distributed, train
+from mmalign.backbones.latent_reward import LatentHead, load_latent, read_latent, share
+from mmalign.backbones.latent_scoring import LatentScorer
+from mmalign.backbones.latent_trunk import cut, most_blocks, stages, states
+from mmalign.config import build
+from mmalign.discovery import load_evaluator
+from mmalign.evaluation import Batch
+from mmalign.jobs import Model, TrainConfig
+from mmalign.jobs_reward import Latent
+from mmalign.media import read_image, write_image
+from mmalign.models import base
+from mmalign.noise import Process
+from mmalign.records import MediaRef
+from mmalign.tables import PreferenceRow, write_preferences
+from mmalign.tasks.inputs import draw
+from mmalign.tasks.reward import RewardTask
+from mmalign.testing import check_evaluator, tiny, tiny_transformers, tiny_video
+
+CPU = torch.device("cpu")
+PROMPTS = ("a red circle", "a blue square", "a large green triangle", "a photo of a small circle")
+MAKERS = {
+    "sd": tiny.tiny_sd,
+    "sdxl": tiny.tiny_sdxl,
+    "sd3": tiny_transformers.tiny_sd3,
+    "flux": tiny_transformers.tiny_flux,
+    "pixart": tiny_transformers.tiny_pixart,
+    "sana": tiny_transformers.tiny_sana,
+    "qwen_image": tiny_transformers.tiny_qwen_image,
+    "wan": tiny_video.tiny_wan,
+    "cogvideox": tiny_video.tiny_cogvideox,
+    "hunyuan_video": tiny_video.tiny_hunyuan_video,
+    "ltx": tiny_video.tiny_ltx,
+    "animatediff": tiny_video.tiny_animatediff,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = MAKERS[family](tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return make
+
+
+def loaded(path: Path, **changes: Any) -> Any:
+    return base.load(Model(path=path, **changes))
+
+
+def given(adapter: Any, count: int = 2, side: int = 32) -> tuple[Tensor, Tensor, Any]:
+    """Noisy latents, times and condition of a few prompts."""
+    generator = torch.Generator().manual_seed(0)
+    side = max(side, 2 * adapter.multiple)
+    length = {"frames": 9} if adapter.modality == "video" else {}
+    latents = torch.randn(count, *adapter.latent_shape(side, side, **length), generator=generator)
+    t = torch.linspace(0.2, 0.8, count)
+    t = t if adapter.process.alphas_cumprod is None else (t * 1000).long()
+    condition = adapter.encode_prompt(list(PROMPTS[:count]))
+    sizes = torch.tensor([[side, side, 0, 0, side, side]]).float().expand(count, -1)
+    return latents, t, adapter.add_size(condition, sizes)
+
+
+def whole_run(adapter: Any, blocks: int, noisy: Tensor, t: Tensor, condition: Any) -> Tensor:
+    """The same states from a whole call, by a hook that ends nothing: what the next block was given."""
+    denoiser, seen = adapter.denoiser, []
+    unet = hasattr(denoiser, "down_blocks")
+    names = ["hidden_states"]
+    if unet:
+        every = [*denoiser.down_blocks, denoiser.mid_block]
+        handle = every[blocks - 1].register_forward_hook(
+            lambda _, args, out: seen.append(out if isinstance(out, Tensor) else out[0])
+        )
+    else:
+        name = "blocks" if hasattr(denoiser, "blocks") else "transformer_blocks"
+        every = list(getattr(denoiser, name)) + list(getattr(denoiser, "single_transformer_blocks", []))
+
+        def look(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.append(named[names[0]] if names[0] in named else args[0])
+
+        handle = every[blocks].register_forward_pre_hook(look, with_kwargs=True)
+    adapter.predict(noisy, t, condition)
+    handle.remove()
+    (found,) = seen
+    if unet and len(found) > len(noisy):  # frames as a batch: a clip's tokens stand together
+        found = found.unflatten(0, (len(noisy), -1)).transpose(1, 2)
+    return found.flatten(2).transpose(1, 2) if unet else found
+
+
+# ------------------------------------------------------------------------------------------------------- the trunk
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_states_are_those_of_the_whole_denoiser(family: str, folders: Any) -> None:
+    """The cut copy gives what the pipeline's own call has after the K-th block, for every K, and is no larger."""
+    adapter = loaded(folders(family))
+    asked = given(adapter)
+    for blocks in range(1, most_blocks(adapter.denoiser) + 1):
+        trunk = cut(adapter.denoiser, blocks)
+        with torch.no_grad():
+            found = states(adapter, trunk, blocks, *asked)
+            shared = states(adapter, adapter.denoiser, blocks, *asked)
+            wanted = whole_run(adapter, blocks, *asked)
+        assert found.shape == wanted.shape and found.shape[0] == 2
+        torch.testing.assert_close(found, wanted)
+        assert torch.equal(found, shared)
+        left = sum(p.numel() for p in trunk.parameters())
+        gone = sum(p.numel() for stage in stages(adapter.denoiser)[blocks:] for p in stage.parameters())
+        gone += sum(p.numel() for p in getattr(adapter.denoiser, "up_blocks", nn.Identity()).parameters())
+        assert left == sum(p.numel() for p in adapter.denoiser.parameters()) - gone
+
+
+def test_the_denoiser_itself_is_as_it_was(folders: Any) -> None:
+    """Neither a look at its states nor a cut copy leaves a hook or takes a block away."""
+    adapter = loaded(folders("sd3"))
+    noisy, t, condition = given(adapter)
+    with torch.no_grad():
+        before = adapter.predict(noisy, t, condition)
+        states(adapter, adapter.denoiser, 1, noisy, t, condition)
+        cut(adapter.denoiser, 1)
+        assert torch.equal(adapter.predict(noisy, t, condition), before)
+
+
+def test_too_many_blocks_are_refused(folders: Any) -> None:
+    adapter = loaded(folders("sd3"))
+    with pytest.raises(ValueError, match="blocks is 2, and of this SD3Transformer2DModel at most 1"):
+        cut(adapter.denoiser, 2)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd", "pixart"])
+def test_checkpointing_changes_no_gradient(family: str, folders: Any) -> None:
+    """Activations computed twice, with a call that ends early: the same gradients, and no hooks left in autograd."""
+    adapter = loaded(folders(family))
+    noisy, t, condition = given(adapter)
+    found = []
+    for again in (False, True):
+        trunk = cut(adapter.denoiser, 1).requires_grad_(True).train()
+        if again:
+            trunk.enable_gradient_checkpointing()
+        latents = noisy.clone().requires_grad_(True)
+        hidden = states(adapter, trunk, 1, latents, t, condition)
+        after = (latents * 2).sum()  # would be saved in a broken frame, were one left open
+        (hidden.square().mean() + after).backward()
+        found.append([latents.grad, *(p.grad for p in stages(trunk)[0].parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 5
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradient_by_latents_against_finite_differences(folders: Any) -> None:
+    """Central differences in float64, along a few directions, for an eps UNet and a flow transformer."""
+    for family in ("sd", "sd3"):
+        adapter = loaded(folders(family))
+        adapter.denoiser.double()
+        noisy, t, condition = given(adapter, 1)
+        noisy, condition = noisy.double(), {k: v.double() for k, v in condition.items()}
+        torch.manual_seed(0)
+
+        def value(x: Tensor, adapter: Any = adapter, t: Tensor = t, condition: Any = condition) -> Tensor:
+            hidden = states(adapter, adapter.denoiser, 1, x, t, condition)
+            return torch.tanh(hidden).mean()
+
+        x = noisy.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(value(x), x)
+        for seed in range(3):
+            way = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            step = 1e-5
+            with torch.no_grad():
+                slope = (value(noisy + step * way) - value(noisy - step * way)) / (2 * step)
+            assert slope.item() == pytest.approx((gradient * way).sum().item(), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- the head
+
+
+def test_head_knows_the_time_and_pools_as_said() -> None:
+    """Against the same formula written out in float64; mean pooling does not see the order of tokens."""
+    torch.manual_seed(0)
+    when = torch.tensor([0.1, 0.7])
+    hidden = torch.randn(2, 5, 8)
+    for pooling in ("mean", "attention"):
+        head = LatentHead(Latent(pooling=pooling, hidden=(6,)), 8, 3)
+        nn.init.normal_(head.time[2].weight, std=0.3)
+        head.standard.mean.normal_()
+        head.standard.deviation.uniform_(0.5, 2)
+        found = head(hidden, when)
+        w = {name: value.detach().double().numpy() for name, value in head.state_dict().items()}
+        for b in range(2):
+            x = hidden[b].double().numpy()
+            x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+            x = x.mean(0, keepdims=True) if pooling == "mean" else x
+            time = when[b].double().item()
+            mean, deviation = (
+                np.array([np.interp(time, np.linspace(0, 1, 9), w[f"standard.{of}"][:, d]) for d in range(8)])
+                for of in ("mean", "deviation")
+            )
+            x = (x - mean) / deviation
+            angle = math.pi * time * np.logspace(0, 6, 16, base=2)
+            told = np.concatenate([np.sin(angle), np.cos(angle)])
+            h = told @ w["time.0.weight"].T + w["time.0.bias"]
+            scale, shift = np.split((h / (1 + np.exp(-h))) @ w["time.2.weight"].T + w["time.2.bias"], 2)
+            for i in range(3):
+                pooled = x[0]
+                if pooling == "attention":
+                    e = np.exp(x @ w["query"][i])
+                    pooled = (e / e.sum()) @ x
+                h = (pooled * (1 + scale) + shift) @ w["map.0.weight"].T + w["map.0.bias"]
+                h = h * 0.5 * (1 + np.array([math.erf(z / math.sqrt(2)) for z in h]))
+                out = h @ w["map.2.weight"].T + w["map.2.bias"]
+                assert found[b, i].item() == pytest.approx(out[i], abs=1e-4)
+        torch.testing.assert_close(head(hidden.flip(1), when), found, atol=1e-5, rtol=1e-5)
+
+
+def test_share_of_the_schedule() -> None:
+    discrete = Process("eps", torch.linspace(0.99, 0.01, 1000))
+    assert share(discrete, torch.tensor([0, 999])).tolist() == [0.0, 1.0]
+    assert share(Process("flow"), torch.tensor([0.0, 0.25])).tolist() == [0.0, 0.25]
+
+
+# --------------------------------------------------------------------------------------------------------- fitting
+
+
+def table(folder: Path, rows: int = 12, axes: bool = False) -> Path:
+    """Dark pictures win; of two axes `dark` says so and `bright` the opposite, with a tie and a gap."""
+    rng, written = np.random.default_rng(0), []
+    for i in range(rows):
+        places = [folder / f"{i}-{side}.png" for side in (0, 1)]
+        for place, low in zip(places, (0, 150), strict=True):
+            write_image(place, rng.integers(low, low + 100, (32, 32, 3), dtype=np.uint8))
+        media = (MediaRef(str(places[0])), MediaRef(str(places[1])))
+        label = {"dark": "A", **({} if i == 1 else {"bright": "same" if i == 2 else "B"})} if axes else {"overall": "A"}
+        written.append(PreferenceRow(PROMPTS[i % 4], media, label=label))
+    write_preferences(folder / "pairs.jsonl", written)
+    return folder / "pairs.jsonl"
+
+
+def settings(output: Path, model: Path, data: Path, **changes: Any) -> TrainConfig:
+    tree: dict[str, Any] = {
+        "task": "reward",
+        "output": str(output),
+        "model": {"path": str(model), "family": "latent"},
+        "data": {"table": str(data), "resolution": 32, "cache": "memory", "verify": False},
+        "loss": {"kind": "bradley_terry"},
+        "reward": {"train": "head", "latent": {"blocks": 1, "hidden": [16]}},
+        "optim": {"steps": 30, "batch_size": 6, "lr": 1e-2},
+        "log": {"every": 10, "trackers": []},
+        "device": "cpu",
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        at = tree
+        for name in path:
+            at = at.setdefault(name, {})
+        if value is None:
+            at.pop(last, None)
+        else:
+            at[last] = value
+    return build(TrainConfig, tree, "test")
+
+
+def pictures(folder: Path, count: int = 6) -> list[Tensor]:
+    names = [f"{i}-{side}.png" for i in range(count // 2) for side in (0, 1)]
+    return [torch.from_numpy(read_image(str(folder / name)).copy()).permute(2, 0, 1) for name in names]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory, folders: Any) -> tuple[Path, Path, Path]:
+    """(export, pipeline, folder of the table) of a flow model's frozen first block with a head of one score."""
+    home = tmp_path_factory.mktemp("fitted")
+    config = settings(home / "run", folders("sd3"), table(home))
+    return train.run(config) / "export", folders("sd3"), home
+
+
+def test_learns_which_pictures_win_and_scores_them(fitted: tuple[Path, Path, Path]) -> None:
+    export, _, home = fitted
+    log = [json.loads(line) for line in (export.parent / "metrics.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["loss"] < 0.69, "noisy latents say less than pictures"
+    evaluator = load_evaluator("latent_reward", {"model": str(export)})
+    images = pictures(home)
+    batch = Batch(images=images, frames=[i[None] for i in images], prompts=["a red circle"] * 6)
+    found = evaluator.score(batch)
+    dark, bright = found[0::2], found[1::2]
+    assert dark.min() > bright.max()
+    assert found.abs().max() < 5, "in deviations over what it was fitted to"
+    alone = torch.cat([evaluator.score(batch.take([i])) for i in range(6)])
+    assert torch.equal(alone, found)
+    raw = load_evaluator("latent_reward", {"model": str(export), "normalise": False}).score(batch)
+    facts = read_latent(export)
+    torch.testing.assert_close((raw - facts.mean[0]) / facts.std[0], found)
+
+
+def test_head_alone_leaves_the_blocks_to_the_pipeline(fitted: tuple[Path, Path, Path]) -> None:
+    """The export has no trunk, and on the pipeline itself the reward runs on the sampler's own modules."""
+    export, pipeline, _ = fitted
+    assert sorted(p.name for p in export.iterdir()) == ["head.safetensors", "reward.json"]
+    adapter = loaded(pipeline)
+    reward = load_latent(export, adapter)
+    assert reward.network.trunk is None and not any(p.requires_grad for p in reward.network.parameters())
+    scorer = LatentScorer(export, CPU, torch.float32)
+    asked = given(adapter)
+    torch.testing.assert_close(reward.scores(adapter, *asked), scorer.reward.scores(scorer.adapter, *asked))
+
+
+def test_a_reward_on_a_tuned_pipeline_keeps_its_own_blocks(fitted: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Sampling from a fine-tuned denoiser, the reward still reads with the blocks that it was fitted on."""
+    export, pipeline, _ = fitted
+    before = loaded(pipeline)
+    asked = given(before)
+    wanted = load_latent(export, before).scores(before, *asked)
+    tuned = loaded(pipeline)
+    with torch.no_grad():
+        for parameter in tuned.denoiser.parameters():
+            parameter.add_(0.05)
+    tuned.pipe.save_pretrained(tmp_path / "tuned")
+    adapter = loaded(tmp_path / "tuned")
+    reward = load_latent(export, adapter)
+    assert reward.network.trunk is not None
+    torch.testing.assert_close(reward.scores(adapter, *asked), wanted)
+
+
+@pytest.mark.parametrize("how", ["all", "lora"])
+def test_trained_blocks_are_exported(how: str, tmp_path: Path, folders: Any) -> None:
+    """What the export gives back is what was trained, adapters merged; embeddings are as they were."""
+    lora = {"rank": 2, "alpha": 4.0} if how == "lora" else None
+    config = settings(tmp_path / "run", folders("sd3"), table(tmp_path, 6), reward__train="all", lora=lora,
+                      optim__steps=4, optim__batch_size=3, optim__gradient_checkpointing=True)  # fmt: skip
+    accelerator = distributed.accelerator(config, CPU)
+    torch.manual_seed(config.seed)
+    task = RewardTask(config, CPU)
+    loop = train.Loop(config, task, accelerator)
+    loop.fit()
+    export = tmp_path / "export"
+    task.export(export)
+    adapter = loaded(folders("sd3"))
+    reward = load_latent(export, adapter)
+    asked = given(adapter)
+    family = task.source.family
+    family.module.eval()
+    with torch.no_grad():
+        live = family.module(family.adapter, *asked)
+        torch.testing.assert_close(reward.scores(adapter, *asked, normalise=False), live, atol=1e-5, rtol=1e-4)
+    kept, trunk = adapter.denoiser.state_dict(), load_file(export / "trunk.safetensors")
+    changed = {name for name, value in trunk.items() if not torch.equal(value, kept[name])}
+    assert changed and all(name.startswith("transformer_blocks.0.") for name in changed)
+
+
+def test_a_run_stopped_and_resumed_ends_in_the_same_bytes(tmp_path: Path, folders: Any) -> None:
+    data = table(tmp_path, 6)
+    changes = {"optim__batch_size": 3, "checkpoint__every": 2, "optim__steps": 4}
+    whole = train.run(settings(tmp_path / "whole", folders("sd"), data, **changes))
+    shutil.copytree(whole, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "export")
+    (last,) = (tmp_path / "part" / "checkpoints").glob("*4*")
+    shutil.rmtree(last)
+    train.run(settings(tmp_path / "part", folders("sd"), data, **changes), resume=True)
+    one, other = (load_file(tmp_path / run / "export" / "head.safetensors") for run in ("whole", "part"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_several_axes_with_ties_and_gaps(tmp_path: Path, folders: Any) -> None:
+    """BTT on two axes: scores by name, their mean first, each axis in its own unit; attention pooling."""
+    config = settings(
+        tmp_path / "run", folders("sd3"), table(tmp_path, axes=True), data__axes=["dark", "bright"], data__ties="soft",
+        loss={"kind": "btt"}, reward__latent={"blocks": 1, "hidden": [16], "pooling": "attention", "noised": False},
+        optim__steps=60,
+    )  # fmt: skip
+    export = train.run(config) / "export"
+    facts = read_latent(export)
+    assert facts.names == ("dark", "bright") and len(facts.mean) == len(facts.std) == 2
+    images = pictures(tmp_path)
+    batch = Batch(images=images, frames=[i[None] for i in images], prompts=["a red circle"] * 6)
+    found = load_evaluator("latent_reward", {"model": str(export)}).score(batch)
+    assert list(found) == ["overall", "dark", "bright"]
+    assert found["dark"][0::2].mean() > found["dark"][1::2].mean() + 0.5
+    assert found["bright"][0::2].mean() < found["bright"][1::2].mean() - 0.5
+    torch.testing.assert_close(found["overall"], (found["dark"] + found["bright"]) / 2)
+
+
+def batches(config: TrainConfig) -> Any:
+    torch.manual_seed(config.seed)
+    return RewardTask(config, CPU)
+
+
+def test_draws(tmp_path: Path, folders: Any) -> None:
+    """A pair has one time; noise of its own by default, or shared; the draws know nothing of the batch."""
+    data = table(tmp_path, 6)
+    task = batches(settings(tmp_path / "a", folders("sd3"), data))
+    latents, t, _ = task.source._noisy(task.load([(0, 0), (1, 0), (2, 5)])["inputs"])
+    assert torch.equal(t[:3], t[3:]) and len(set(t.tolist())) == 3
+    alone = task.source._noisy(task.load([(2, 5)])["inputs"])
+    assert torch.equal(alone[0], latents[[2, 5]]) and torch.equal(alone[1], t[[2, 5]])
+    again = task.source._noisy(task.load([(2, 6)])["inputs"])
+    assert not torch.equal(again[1], alone[1])
+    swapped = batches(settings(tmp_path / "s", folders("sd3"), data, reward__swap=1.0))
+    turned = swapped.source._noisy(swapped.load([(2, 5)])["inputs"])
+    assert torch.equal(turned[0], alone[0].flip(0)), "who stands first changes no draw"
+
+    config = settings(tmp_path / "clean", folders("sd3"), data, reward__latent__noised=False)
+    task = batches(config)
+    _, t, _ = task.source._noisy(task.load([(0, 0)])["inputs"])
+    assert t.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["independent", "shared"])
+def test_noise_of_a_pair(kind: str, tmp_path: Path, folders: Any) -> None:
+    """What noise is in the two latents, from the formula: the same in both where it is shared, else not."""
+    task = batches(settings(tmp_path / "a", folders("sd3"), table(tmp_path, 2), reward__latent__noise=kind))
+    inputs = task.load([(0, 0)])["inputs"]
+    noisy, t, _ = task.source._noisy(inputs)
+    clean, _ = task.source._clean(inputs, [draw(0, "posterior", *key) for key in inputs["own"]])
+    time = t[:, None, None, None]
+    eps = (noisy - (1 - time) * clean) / time
+    assert torch.allclose(eps[0], eps[1], atol=1e-3) == (kind == "shared")
+    assert 0.7 < eps.std().item() < 1.3
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_files_that_do_not_fit_are_refused_by_name(
+    fitted: tuple[Path, Path, Path], tmp_path: Path, folders: Any
+) -> None:
+    export, pipeline, _ = fitted
+    adapter = loaded(pipeline)
+    state = load_file(export / "head.safetensors")
+
+    def folder(name: str, **changes: Any) -> Path:
+        place = tmp_path / name
+        place.mkdir()
+        told = json.loads((export / "reward.json").read_text()) | changes
+        (place / "reward.json").write_text(json.dumps(told))
+        save_file(state, place / "head.safetensors")
+        return place
+
+    place = folder("shape")
+    save_file({**state, "map.0.weight": torch.zeros(3, 3)}, place / "head.safetensors")
+    with pytest.raises(ValueError, match=r"map\.0\.weight is \[3, 3\]"):
+        load_latent(place, adapter)
+    place = folder("missing")
+    save_file({k: v for k, v in state.items() if k != "map.2.bias"}, place / "head.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing: map\.2\.bias"):
+        load_latent(place, adapter)
+    with pytest.raises(ValueError, match=r"holds no trunk\.safetensors"):
+        load_latent(folder("trunk", trunk="own"), adapter)
+    with pytest.raises(ValueError, match="no such file; a latent reward is the export"):
+        load_latent(tmp_path, adapter)
+    with pytest.raises(ValueError, match="scored by fitted_reward"):
+        load_latent(folder("other", scorer="fitted_reward"), adapter)
+    with pytest.raises(ValueError, match="format"):
+        load_latent(folder("format", format=2), adapter)
+    with pytest.raises(ValueError, match="predicts flow, and this one predicts eps"):
+        load_latent(export, loaded(folders("sd")))
+    other = tiny_transformers.tiny_sd3(tmp_path / "sd3", seed=1)
+    with pytest.raises(ValueError, match="another text_encoder and another text_encoder_2"):
+        load_latent(export, loaded(other))
+    gone = folder("gone", parts={**json.loads((export / "reward.json").read_text())["parts"], "transformer": "0"})
+    with pytest.raises(ValueError, match="whose files are others by now"):
+        load_latent(gone, adapter)
+    with pytest.raises(ValueError, match="where transformer changed since"):
+        load_evaluator("latent_reward", {"model": str(gone)})
+
+
+def test_a_run_that_cannot_be_is_refused(tmp_path: Path, folders: Any) -> None:
+    data, model = table(tmp_path, 2), folders("sd3")
+
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            settings(tmp_path / "no", model, data, **changes)
+
+    refused("reward.latent is for model.family: latent, not open_clip", model__family="open_clip", reward__train="all")
+    refused("drop one", lora={"rank": 2})
+    refused("unlocked_image and _text are for towers", reward__unlocked_image=1)
+    refused("model.from_scratch: what reads latents", model__from_scratch=["transformer"])
+    refused("has a head of its own", reward__head={"kind": "linear"})
+    with pytest.raises(ValueError, match="blocks is 9, and of this SD3"):
+        batches(settings(tmp_path / "no", model, data, reward__latent__blocks=9))
+    with pytest.raises(ValueError, match=r"has no model_index\.json"):
+        train.run(settings(tmp_path / "no", tmp_path, data))
+    assert not (tmp_path / "no").exists()
+
+
+def test_weights_of_axes(fitted: tuple[Path, Path, Path]) -> None:
+    export, pipeline, _ = fitted
+    reward = load_latent(export, loaded(pipeline))
+    assert reward.weights({"score": 2.0}).tolist() == [2.0]
+    with pytest.raises(ValueError, match="no axis 'MQ'; it has score"):
+        reward.weights({"MQ": 1.0})
+
+
+def test_keeps_the_contract_of_evaluators(fitted: tuple[Path, Path, Path]) -> None:
+    sizes = ((32, 32), (33, 70), (5, 40))
+    check_evaluator("latent_reward", {"model": str(fitted[0])}, prompts=PROMPTS[:3], sizes=sizes, processes=1)
