@@ -184,7 +184,7 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
     adapter = hollow(config)
     if adapter.of_image:
         raise ValueError(
-            f"memory is not estimated for {adapter.family}, whose denoiser is told first frames; the text-to-video model "
+            f"memory is not estimated for {adapter.family}, whose denoiser is told first frames; a text-to-video model "
             "of the same size is near it"
         )
     found = known or work(config, adapter)
