@@ -130,6 +130,7 @@ class NoiseOptimisation(Strategy):
     """Gradient ascent on the initial noise, through all steps: ReNO (2406.04312) and DOODL (2303.13703)."""
 
     function: ClassVar[str] = "mmalign.guidance.noise_ascent:noise_ascent"
+    any_reward: ClassVar[bool] = False
     gradients: ClassVar[bool] = True
     lower: ClassVar[str | None] = "lr"
     kind: Literal["noise"] = "noise"

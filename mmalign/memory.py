@@ -327,13 +327,13 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...]) 
         latents, unit = torch.empty(rows, *shape), torch.empty(rows, *shape)
         t = torch.full((rows,), 0.5 if process.kind == "flow" else 1)
         noisy, target = process.noisy(latents, t, unit), process.target(latents, t, unit)
-        before = traced.live
+        before = traced.live if trains_text else None
         condition = adapter.encode_prompt([""] * rows, grad=trains_text)
         condition = adapter.add_size(condition, torch.empty(rows, 6))
-        traced.mark()
+        begun = traced.mark()
         flops = [traced.flops]
         prediction = adapter.predict(noisy, t, condition)
-        activations = traced.live - before
+        activations = traced.live - (begun if before is None else before)
         flops.append(traced.flops)
         if refers(config):
             _reference(adapter, noisy, t, condition)
