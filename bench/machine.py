@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import time
 from collections.abc import Callable
@@ -20,6 +22,23 @@ def clock(work: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def peak_of(run: Callable[[], None], device: torch.device) -> tuple[float, int | None]:
+    """Seconds, and the peak in bytes of device memory or of resident memory (None where the kernel hides it)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return clock(run, device), torch.cuda.max_memory_allocated(device)
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory that an earlier block has freed would count
+        reset.write_text("5")  # the kernel's word for: forget the resident peak
+    except OSError:
+        return clock(run, device), None
+    seconds = clock(run, device)
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return seconds, int(peak.split()[1]) * 1024
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

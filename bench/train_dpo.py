@@ -23,8 +23,6 @@ sides. Peak memory is of a block: CUDA's allocator, or the resident peak of the 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import tempfile
@@ -39,7 +37,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from machine import clock, machine, matmul_ceiling
+from machine import clock, machine, matmul_ceiling, peak_of
 from PIL import Image
 from recipes.diffusers_dpo import BETA, KAPPA, LR, RANK, TARGETS, Draws, Recipe, Row
 from torch import Tensor
@@ -225,23 +223,6 @@ def work_per_pair(run: Callable[[int], None], pipe: Any, size: int) -> dict[str,
         run(1)
     counts = {name: seen[name] / size for name in ("policy", "reference", "vae", "text")}
     return {**counts, "gflop": flops.get_total_flops() / size / 1e9}
-
-
-def peak_of(run: Callable[[], None], device: torch.device) -> tuple[float, int | None]:
-    """Seconds, and the peak in bytes of device memory or of resident memory (None where the kernel hides it)."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return clock(run, device), torch.cuda.max_memory_allocated(device)
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory that an earlier block has freed would count
-        reset.write_text("5")  # the kernel's word for: forget the resident peak
-    except OSError:
-        return clock(run, device), None
-    seconds = clock(run, device)
-    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return seconds, int(peak.split()[1]) * 1024
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -89,7 +89,9 @@ class Shapes(Strict):
         None, min_length=1, max_length=3,
         description="share of one, two and three shapes; default: 0.6, 0.3, 0.1 of pictures, 0.75, 0.25 of clips",
     )  # fmt: skip
-    annotator: str = Field("faithful", description="who judges the pairs, for tasks that need pairs")
+    annotator: str | None = Field(
+        None, description="who judges, for tasks on preferences; default: faithful of pictures, balanced of clips"
+    )
     votes: PositiveInt = Field(1, description="how often each pair is judged; the label is the winner's share of votes")
     per_prompt: int = Field(2, ge=2, description="pictures of each caption, for objectives on lists and rewards")
 

@@ -182,6 +182,11 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
         raise ValueError(f"memory is estimated for the tasks preference and sft, not for {config.task}")
     device = pick_device(config.device, config.precision)
     adapter = hollow(config)
+    if adapter.of_image:
+        raise ValueError(
+            f"memory is not estimated for {adapter.family}, whose denoiser is told first frames; a text-to-video model "
+            "of the same size is near it"
+        )
     found = known or work(config, adapter)
     mode = fake_mode()
     for part in adapter.pipe.components.values():
@@ -322,13 +327,13 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...]) 
         latents, unit = torch.empty(rows, *shape), torch.empty(rows, *shape)
         t = torch.full((rows,), 0.5 if process.kind == "flow" else 1)
         noisy, target = process.noisy(latents, t, unit), process.target(latents, t, unit)
-        before = traced.live
+        before = traced.live if trains_text else None
         condition = adapter.encode_prompt([""] * rows, grad=trains_text)
         condition = adapter.add_size(condition, torch.empty(rows, 6))
-        traced.mark()
+        begun = traced.mark()
         flops = [traced.flops]
         prediction = adapter.predict(noisy, t, condition)
-        activations = traced.live - before
+        activations = traced.live - (begun if before is None else before)
         flops.append(traced.flops)
         if refers(config):
             _reference(adapter, noisy, t, condition)

@@ -15,6 +15,7 @@ from safetensors import torch as safetensors_torch
 from torch import nn
 from training_kit import config, preferences
 from typer.testing import CliRunner
+from wan_kit import clip_pairs
 
 from mmalign import memory, train
 from mmalign.cli import app
@@ -63,7 +64,7 @@ def pairs(size: Size) -> Work:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_skeleton_has_the_parameters_that_loading_gives(
     name: str, dtype: torch.dtype, folders: Callable[[str], Path]
 ) -> None:
@@ -90,11 +91,7 @@ def test_a_skeleton_has_the_parameters_that_loading_gives(
 def test_what_stays_between_steps_is_what_a_run_allocates(
     name: str, changes: dict[str, Any], tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
-    if name == "wan":
-        changes = {**changes, "data__frames": None, "data__shapes": {"scenes": 4}, "data__table": None}
-        changes["data__frames"] = 9
-    else:
-        preferences(tmp_path)
+    (clip_pairs if name == "wan" else preferences)(tmp_path)
     wanted = settings(tmp_path, folders(name), name, **changes, data__cache="memory")
     found = memory.estimate(wanted)
     wanted.output.mkdir(parents=True)
@@ -146,30 +143,33 @@ def saved_bytes(adapter: Any, rows: int, shape: tuple[int, ...], precision: str)
     return sum(size for place, (_, size) in kept.items() if place not in told)
 
 
-SHAPES = {"sd": [(32, 32), (64, 64), (96, 32)], "wan": [(32, 32, 5), (32, 32, 17), (64, 48, 9)]}
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize(("name", "size"), [(name, size) for name, sizes in SHAPES.items() for size in sizes])
+@pytest.mark.parametrize(
+    ("name", "size", "precision"),
+    [
+        ("sd", (32, 32), "fp32"), ("sd", (96, 32), "fp32"), ("sd", (64, 64), "bf16"),
+        ("wan", (32, 32, 5), "fp32"), ("wan", (32, 32, 17), "fp32"), ("wan", (64, 48, 9), "bf16"),
+    ],
+)  # fmt: skip
 def test_activations_are_what_torch_saves_for_backward(
-    name: str, size: Size, checkpointed: bool, precision: str, tmp_path: Path, folders: Callable[[str], Path]
+    name: str, size: Size, precision: str, tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
-    """Within a tenth of it; under checkpointing, where little is saved, within a quarter."""
-    wanted = settings(tmp_path, folders(name), name, precision=precision, optim__gradient_checkpointing=checkpointed)
-    found = memory.estimate(wanted, pairs(size)).step.activations
+    """Within a tenth, with gradient checkpointing and without: the prediction is alive too, and what it is a view of."""
+    wanted = settings(tmp_path, folders(name), name, precision=precision)
+    steps = memory.estimate(wanted, pairs(size)).steps
     adapter: Any = base.load(wanted.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     memory.finish.make_trainable(adapter, wanted)
-    saved = saved_bytes(adapter, 4, adapter.latent_shape(*size), precision)
-    print(f"{name} {size} {precision}: {found:,} estimated, {saved:,} saved, {found / saved:.3f}")
-    assert saved * 0.95 <= found <= saved * (1.25 if checkpointed else 1.1)
+    for way, found in steps.items():
+        change = "enable" if way == "checkpointed" else "disable"
+        getattr(adapter.denoiser, f"{change}_gradient_checkpointing")()
+        saved = saved_bytes(adapter, 4, adapter.latent_shape(*size), precision)
+        print(f"{name} {size} {precision} {way}: {found.activations:,} estimated, {saved:,} saved")
+        assert saved * 0.9 <= found.activations <= saved * 1.1, way
 
 
 @pytest.mark.parametrize("name", ["sd", "wan", "cogvideox", "qwen_image"])
 def test_tracing_without_values_is_tracing_with_them(name: str, folders: Callable[[str], Path]) -> None:
     """Peak, FLOPs and what is left, of encoding and of a training step; each against the same run on real tensors."""
     model = Model(path=folders(name))
-    pixels = torch.rand(2, 3, *((9,) if name in CLIPS else ()), 32, 32) * 2 - 1
     found = []
     for make in (base.load, skeleton):
         adapter: Any = make(model)
@@ -179,6 +179,7 @@ def test_tracing_without_values_is_tracing_with_them(name: str, folders: Callabl
                 if isinstance(part, nn.Module):
                     without_values(part, mode)
             mode.__enter__()
+        pixels = torch.rand(2, 3, *((9,) if name in CLIPS else ()), 32, 32) * 2 - 1
         try:
             with Traced() as encoding:
                 moments = adapter.encode_media(pixels)
@@ -213,7 +214,7 @@ def test_gradient_checkpointing_keeps_less_and_computes_more(tmp_path: Path, fol
     steps = memory.estimate(settings(tmp_path, folders("wan"), "wan"), pairs((32, 32, 17))).steps
     plain, saving = steps["plain"], steps["checkpointed"]
     assert saving.activations < plain.activations / 3 and saving.peak < plain.peak
-    assert saving.forward_flops == plain.forward_flops == plain.reference_flops * 1 or plain.reference_flops > 0
+    assert saving.forward_flops == plain.forward_flops > plain.reference_flops > 0  # that is without the LoRA
     extra = saving.backward_flops - plain.backward_flops
     assert 0.8 * plain.forward_flops < extra <= plain.forward_flops
 
