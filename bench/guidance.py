@@ -11,11 +11,12 @@ The figures of each cell are a line in bench/guidance.jsonl, and what stands the
 records lie in runs/bench-guidance and may be deleted.
 
 One cell: a strategy at one setting draws a picture for each of 32 held-out captions (a set of four for 8 of them, where
-a strategy chooses sets), and `mmalign sample` itself draws the plain picture of the same seed beside it. The reward that
-is followed is HPS of assets/shapes-clip. What is held out is the truth of the shapes world, read from pixels: whether
-exactly the asked shapes and colours are there, and an annotator's utility. `nrg` follows a reward on noisy latents that
-is fitted here, to HPS' own verdicts on pictures of the model; its HPS is held out too. Clips are judged by the mean HPS
-of their frames and held to the axes of the clip reader; strategies without gradients follow its text alignment as well.
+a strategy chooses sets), and `mmalign sample` itself draws the plain picture of the same seed beside it. The reward
+that is followed is HPS of assets/shapes-clip. What is held out is the truth of the shapes world, read from pixels:
+whether exactly the asked shapes and colours are there, and an annotator's utility. `nrg` follows a reward on noisy
+latents that is fitted here, to HPS' own verdicts on pictures of the model; its HPS is held out too. Clips are judged by
+the mean HPS of their frames and held to the axes of the clip reader; strategies without gradients follow its text
+alignment as well.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import onednn
 import torch
 from guidance_table import SWEEP_SEED, line, table
 from machine import machine
@@ -64,6 +66,10 @@ def particles(method: str, **more: Any) -> dict[str, Any]:
 
 
 STRATEGIES: dict[str, list[dict[str, Any]]] = {
+    # No choice at all: what the particles' noisy steps do by themselves. One of two, drawn: half of its calls would do.
+    "stochastic steps alone": [
+        {"kind": "particles", "n": 2, "strength": 1e-6, "every": 100, "threshold": 0, "choose": "draw"}
+    ],
     "best of n": [{"kind": "best_of_n", "n": n} for n in (2, 4, 8, 16)],
     "search, random": [{"kind": "search", "method": "random", "rounds": r, "n": 4} for r in (1, 2, 4)],
     "search, zero order": [{"kind": "search", "method": "zero_order", "rounds": r, "n": 2} for r in (1, 2, 4, 8)],
@@ -88,8 +94,8 @@ STRATEGIES: dict[str, list[dict[str, Any]]] = {
 
 SWEEP_CAPTIONS = 8
 SWEPT: dict[str, list[dict[str, Any]]] = {
-    "noise, reno": [{"kind": "noise", "method": "reno", "iterations": 5, "lr": lr} for lr in (5.0, 50.0, 500.0)],
-    "noise, doodl": [{"kind": "noise", "method": "doodl", "iterations": 5, "lr": lr} for lr in (5.0, 50.0, 500.0)],
+    "noise, reno": [{"kind": "noise", "method": "reno", "iterations": 5, "lr": lr} for lr in (1.0, 5.0, 50.0)],
+    "noise, doodl": [{"kind": "noise", "method": "doodl", "iterations": 5, "lr": lr} for lr in (1.0, 5.0, 50.0)],
     "particles, max": [particles("fk", potential="max", n=4) | {"strength": s} for s in (10.0, 100.0, 1000.0)],
 }
 """What was tried on SWEEP_SEED, which is in no table of results."""
@@ -199,7 +205,7 @@ def told(guidance: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in guidance.items() if key not in ("kind", "method", "potential"))
 
 
-# ------------------------------------------------------------------------------------------- the reward that nrg follows
+# ------------------------------------------------------------------------------------------ the reward that nrg follows
 
 
 def fitted(base: Path, name: str, settings: argparse.Namespace) -> Path:
@@ -240,21 +246,27 @@ def fitted(base: Path, name: str, settings: argparse.Namespace) -> Path:
 
 
 def queue(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What identifies each cell; first all of the first seed."""
+    """What identifies each cell: seed by seed, the cheapest setting of every strategy first, then the next."""
     strategies, seeds = (SWEPT, [SWEEP_SEED]) if settings.sweep else (STRATEGIES, settings.seeds)
-    count = SWEEP_CAPTIONS if settings.sweep else settings.captions
-    for seed in seeds:
-        for name in settings.model or MODELS:
-            if absent(name, settings):
+    names = [name for name in settings.model or MODELS if not absent(name, settings)]
+    for seed, rank, model in product(seeds, range(max(map(len, strategies.values()))), names):
+        for strategy, choices in strategies.items():
+            if settings.strategies and not strategy.startswith(tuple(settings.strategies.split(","))):
                 continue
-            for strategy, choices in strategies.items():
-                if settings.strategies and not strategy.startswith(tuple(settings.strategies.split(","))):
-                    continue
-                for follows in ("hps", "TA") if name == "video" and strategy.startswith(ANY_REWARD) else ("hps",):
-                    for guidance in choices:
-                        if name != "video" or guidance["kind"] not in (*SETS, "nrg"):
-                            yield {"model": name, "strategy": strategy, "guidance": guidance, "follows": follows,
-                                   "seed": seed, "captions": count, "steps": SAMPLING["steps"]}  # fmt: skip
+            for guidance in choices[rank : rank + 1]:
+                for follows in followed(model, strategy, guidance):
+                    yield {"model": model, "strategy": strategy, "guidance": guidance, "follows": follows, "seed": seed,
+                           "captions": SWEEP_CAPTIONS if settings.sweep else settings.captions,
+                           "steps": SAMPLING["steps"]}  # fmt: skip
+
+
+def followed(model: str, strategy: str, guidance: dict[str, Any]) -> tuple[str, ...]:
+    """The rewards that a strategy follows on a model, each in a cell of its own; none where it is not measured."""
+    if model != "video":
+        return ("hps",)
+    if guidance["kind"] in (*SETS, "nrg"):  # whose judge is of pictures; whose reward has a bench of its own
+        return ()
+    return ("hps", "TA") if strategy.startswith(ANY_REWARD) else ("hps",)
 
 
 def absent(name: str, settings: argparse.Namespace) -> bool:
@@ -270,10 +282,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--captions", type=int, default=32, help="held-out captions of a cell")
     parser.add_argument("--sweep", action="store_true", help=f"what the settings were chosen by, on seed {SWEEP_SEED}")
+    parser.add_argument("--onednn", action="store_true", help="oneDNN's matrix products: faster on AMD (onednn.py)")
     parser.add_argument("--table", action="store_true", help="only make the table and the plot")
     parser.add_argument("--figures", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--out", type=Path, default=Path("runs/bench-guidance"))
     settings = parser.parse_args(arguments)
+    if settings.onednn:
+        onednn.use()
     if not settings.table:
         for name in settings.model or MODELS:
             if absent(name, settings):

@@ -60,9 +60,13 @@ def cells(ledger: Sequence[Cell]) -> list[Cell]:
         cell["seconds"] = float(np.mean([run["times"]["seconds"] for run in cell["runs"]]))
         cell["gradients"] = float(np.mean([run["reward_gradients"] for run in cell["runs"]]))
         cell["seen"] = float(np.mean([run["reward_calls"] for run in cell["runs"]]))
-    order = list(dict.fromkeys(run["strategy"] for run in ledger))
-    return sorted(found.values(), key=lambda c: (list(MODELS).index(c["model"]), c["follows"], order.index(c["strategy"]),
-                                                 c["calls"], str(c["guidance"])))  # fmt: skip
+    names = list(dict.fromkeys(run["strategy"] for run in ledger))
+
+    def place(cell: Cell) -> tuple[Any, ...]:
+        model = list(MODELS).index(cell["model"])
+        return model, cell["follows"], names.index(cell["strategy"]), cell["calls"], str(cell["guidance"])
+
+    return sorted(found.values(), key=place)
 
 
 def line(run: Cell) -> str:
@@ -129,8 +133,10 @@ def sweep(runs: Sequence[Cell]) -> str:
     """What settings were chosen by, a row each."""
     if not runs:
         return ""
-    lines = [f"Tried on seed {SWEEP_SEED}, which is in no other table:", "",
-             "| model | strategy | setting | network calls | gain in hps | held out: fidelity |", "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"Tried on seed {SWEEP_SEED}, which is in no other table:", "",
+        "| model | strategy | setting | network calls | gain in hps | held out: fidelity |", "|---" * 6 + "|",
+    ]  # fmt: skip
     for cell in cells(runs):
         setting = ", ".join(f"{k} {v}" for k, v in cell["guidance"].items() if k not in ("kind", "method", "potential"))
         lines.append(f"| {cell['model']} | {cell['strategy']} | {setting} | {cell['calls']:.3g} | "
