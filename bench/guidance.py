@@ -66,27 +66,29 @@ def particles(method: str, **more: Any) -> dict[str, Any]:
 
 
 STRATEGIES: dict[str, list[dict[str, Any]]] = {
+    "best of n": [{"kind": "best_of_n", "n": n} for n in (2, 4, 8, 16)],
     # No choice at all: what the particles' noisy steps do by themselves. One of two, drawn: half of its calls would do.
     "stochastic steps alone": [
         {"kind": "particles", "n": 2, "strength": 1e-6, "every": 100, "threshold": 0, "choose": "draw"}
     ],
-    "best of n": [{"kind": "best_of_n", "n": n} for n in (2, 4, 8, 16)],
+    # What particles have to beat: as many of the same noisy steps, and nothing resampled.
+    "stochastic best of n": [particles("fk", n=n, threshold=0, every=100) for n in (2, 4, 8, 16)],
     "search, random": [{"kind": "search", "method": "random", "rounds": r, "n": 4} for r in (1, 2, 4)],
     "search, zero order": [{"kind": "search", "method": "zero_order", "rounds": r, "n": 2} for r in (1, 2, 4, 8)],
     "search, paths": [
         {"kind": "search", "method": "paths", "keep": keep, "n": n, "back": 1, "forth": 4}
         for keep, n in ((1, 2), (2, 2), (2, 4))
     ],
-    "particles, max": [particles("fk", potential="max", n=n) for n in (2, 4, 8)],
-    "particles, difference": [particles("fk", potential="difference", n=n) for n in (2, 4, 8)],
-    "particles, sum": [particles("fk", potential="sum", n=n) for n in (2, 4, 8)],
-    "particles, smc": [particles("smc", n=n) for n in (2, 4, 8)],
-    "particles, smc with gradient": [particles("smc", gradient=True, n=n) for n in (2, 4, 8)],
+    "particles, max": [particles("fk", potential="max", n=n) for n in (4, 8)],
+    "particles, difference": [particles("fk", potential="difference", n=n) for n in (4, 8)],
+    "particles, sum": [particles("fk", potential="sum", n=n) for n in (4, 8)],
+    "particles, smc": [particles("smc", n=n) for n in (4, 8)],
+    "particles, smc with gradient": [particles("smc", gradient=True, n=n) for n in (4, 8)],
     "noise, reno": [{"kind": "noise", "method": "reno", "iterations": k} for k in (2, 5, 10)],
     "noise, doodl": [{"kind": "noise", "method": "doodl", "iterations": k} for k in (2, 5, 10)],
     "gradient, scale": [{"kind": "gradient", "scale": scale} for scale in (0.05, 0.1, 0.2)],
     "gradient, recurrence": [{"kind": "gradient", "scale": 0.1, "recurrence": k} for k in (2, 4)],
-    "neighbourhood": [{"kind": "neighbourhood", "n": n} for n in (2, 4, 8, 16)],
+    "neighbourhood": [{"kind": "neighbourhood", "n": n} for n in (4, 8, 16)],
     "diversity": [{"kind": "diversity", "candidates": n, "initial": n // 2, "children": 4} for n in (16, 32, 64)],
     "nrg": [{"kind": "nrg", "scale": scale} for scale in (0.5, 2.0, 8.0)],
 }

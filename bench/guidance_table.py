@@ -15,8 +15,12 @@ from scipy.stats import t as student
 MODELS = {"sd": "shapes-sd (v)", "flow": "shapes-flow (flow)", "video": "shapes-video (flow, clips)"}
 HELD_OUT = {"sd": ("fidelity", "utility"), "flow": ("fidelity", "utility"), "video": ("TA", "MQ", "VQ")}
 SWEEP_SEED = 9
-COLOURS = ("#1f6f8b", "#d9822b", "#5b8c3e", "#a23b72", "#6c5b9e", "#8c564b", "#c44536", "#444444", "#2a9d8f")
-MARKERS = {"-": "o", "--": "s"}
+GROUPS = {  # rows of the plot: beginnings of the strategies' names
+    "choosing": ("best of n", "search", "neighbourhood", "diversity", "stochastic"),
+    "steering": ("best of n", "stochastic best", "particles", "noise", "gradient", "nrg"),
+}
+COLOURS = ("#444444", "#1f77b4", "#e07b1a", "#2a9d4a", "#c43c39", "#8e5bb5", "#8c564b", "#d673b8", "#17a0b3", "#a3a520",
+           "#5566cc")  # fmt: skip
 
 Cell = dict[str, Any]
 
@@ -43,9 +47,10 @@ def pooled(runs: Sequence[Cell], name: str) -> tuple[float, float, float]:
 
 
 def label(guidance: dict[str, Any], many: Sequence[dict[str, Any]]) -> str:
-    """A setting in words: what differs among the settings of its strategy; its cost where nothing does."""
-    keys = [key for key in guidance if len({str(each.get(key)) for each in many}) > 1]
-    return ", ".join(f"{key.replace('_', ' ')} {guidance[key]}" for key in keys) or "-"
+    """A setting in words: what differs among the settings of its strategy; all that is set where nothing does."""
+    told = [key for key in guidance if key not in ("kind", "method", "potential")]
+    differing = [key for key in told if len({str(each.get(key)) for each in many}) > 1]
+    return ", ".join(f"{key.replace('_', ' ')} {guidance[key]}" for key in differing or told)
 
 
 def cells(ledger: Sequence[Cell]) -> list[Cell]:
@@ -60,7 +65,7 @@ def cells(ledger: Sequence[Cell]) -> list[Cell]:
         cell["seconds"] = float(np.mean([run["times"]["seconds"] for run in cell["runs"]]))
         cell["gradients"] = float(np.mean([run["reward_gradients"] for run in cell["runs"]]))
         cell["seen"] = float(np.mean([run["reward_calls"] for run in cell["runs"]]))
-    names = list(dict.fromkeys(run["strategy"] for run in ledger))
+    names = sorted({run["strategy"] for run in ledger}, key=lambda name: (name != "best of n", name))
 
     def place(cell: Cell) -> tuple[Any, ...]:
         model = list(MODELS).index(cell["model"])
@@ -148,48 +153,47 @@ def sweep(runs: Sequence[Cell]) -> str:
 
 
 def plot(found: Sequence[Cell]) -> Figure:
-    """Gains against network calls in plain samples: a row per model, the reward on the left, held out on the right."""
-    shown = [model for model in MODELS if any(cell["model"] == model and cell["follows"] == "hps" for cell in found)]
-    figure = Figure(figsize=(12.5, 0.7 + 4.6 * len(shown)), layout="constrained")
+    """Gains against network calls in plain samples: two rows per model, what only chooses and what steers, with best of
+    n in both; the reward on the left, what is held out on the right."""
+    found = [cell for cell in found if cell["follows"] == "hps"]
+    shown = [model for model in MODELS if any(cell["model"] == model for cell in found)]
+    rows = [(model, *group) for model in shown for group in GROUPS.items()]
+    figure = Figure(figsize=(13, 3.6 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = np.atleast_2d(np.array(figure.subplots(len(shown), 2)))
-    styles = _styles(found)
-    for (left, right), model in zip(rows, shown, strict=True):
-        chosen = [cell for cell in found if cell["model"] == model and cell["follows"] == "hps"]
+    grid = np.atleast_2d(np.array(figure.subplots(len(rows), 2, sharex=True)))
+    most = max(cell["calls"] for cell in found)
+    for (left, right), (model, title, beginnings) in zip(grid, rows, strict=True):
+        mine = [cell for cell in found if cell["model"] == model and cell["strategy"].startswith(beginnings)]
+        names = list(dict.fromkeys(cell["strategy"] for cell in mine))
         held = HELD_OUT[model][0]
-        for axes, name, title in ((left, "hps", "reward that is followed: HPS"), (right, held, f"held out: {held}")):
-            _panel(axes, chosen, name, styles)
-            axes.set_title(f"{MODELS[model]}, {title}", fontsize=10)
+        for axes, name, said in ((left, "hps", "followed: HPS"), (right, held, f"held out: {held}")):
+            for place, strategy in enumerate(names):
+                points = [cell for cell in mine if cell["strategy"] == strategy and name in cell["runs"][0]["gains"]]
+                _line(axes, points, name, 1 + 0.02 * (place - len(names) / 2), COLOURS[place % len(COLOURS)])
+            axes.set_title(f"{MODELS[model]}, {title}; {said}", fontsize=10)
             axes.set_ylabel("gain over plain sampling", fontsize=9)
-            axes.set_xlabel("network calls, in plain samples", fontsize=9)
-    handles = {text: line for axes in rows.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    ordered = [name for name in styles if name in handles]
-    figure.legend([handles[name] for name in ordered], ordered, loc="outside right center", fontsize=9, frameon=False)
+            _dress(axes, most)
+        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    for axes in grid[-1]:
+        axes.set_xlabel("network calls, in plain samples", fontsize=9)
     return figure
 
 
-def _styles(found: Sequence[Cell]) -> dict[str, tuple[str, str]]:
-    names = list(dict.fromkeys(cell["strategy"] for cell in found))
-    return {name: (COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--") for i, name in enumerate(names)}
-
-
-def _panel(axes: Axes, chosen: Sequence[Cell], name: str, styles: dict[str, tuple[str, str]]) -> None:
-    strategies = [each for each in styles if any(cell["strategy"] == each for cell in chosen)]
-    for place, strategy in enumerate(strategies):
-        points = [cell for cell in chosen if cell["strategy"] == strategy and name in cell["runs"][0]["gains"]]
-        if not points:
-            continue
+def _line(axes: Axes, points: Sequence[Cell], name: str, apart: float, colour: str) -> None:
+    """A strategy's line; `apart` moves it a little along the axis, so that bars at one cost do not hide each other."""
+    if points:
         found = np.array([pooled(cell["runs"], name) for cell in points])
-        apart = 1 + 0.012 * (place - len(strategies) / 2)  # so that bars at one cost do not hide each other
-        x, (colour, style) = np.array([cell["calls"] for cell in points]) * apart, styles[strategy]
-        axes.errorbar(
-            x, found[:, 0], yerr=np.abs(found[:, 1:].T - found[:, 0]), color=colour, linestyle=style,
-            marker=MARKERS[style], markersize=4, linewidth=1.3, elinewidth=0.6, label=strategy,
-        )  # fmt: skip
+        x = np.array([cell["calls"] for cell in points]) * apart
+        axes.plot(x, found[:, 0], color=colour, marker="o", markersize=4, linewidth=1.5, label=points[0]["strategy"])
+        axes.vlines(x, found[:, 1], found[:, 2], color=colour, linewidth=1.0, alpha=0.45)
+
+
+def _dress(axes: Axes, most: float) -> None:
     axes.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xscale("log", base=2)
-    ticks = [2**k for k in range(0, 6) if 2**k <= 1.3 * max(cell["calls"] for cell in chosen)]
+    ticks = [2**k for k in range(0, 6) if 2**k <= 1.3 * most]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.tick_params(labelbottom=True)
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

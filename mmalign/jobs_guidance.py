@@ -123,6 +123,12 @@ class Particles(Strategy):
             raise ValueError("guidance.gradient belongs to method: smc; use it, or drop gradient")
         if self.start > self.stop:
             raise ValueError(f"guidance.start ({self.start}) must not be after guidance.stop ({self.stop})")
+        if 0 < self.threshold * self.n <= 1:
+            raise ValueError(
+                f"guidance.threshold {self.threshold:g} of {self.n} particles is {self.threshold * self.n:g}, and the "
+                "effective sample size is never below 1, so nothing would be resampled; raise threshold or n, or say "
+                "threshold: 0"
+            )
         return self
 
 

@@ -270,3 +270,6 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         settings(gradient=True)
     with pytest.raises(ValueError, match=r"start \(0\.9\) must not be after"):
         settings(start=0.9, stop=0.5)
+    with pytest.raises(ValueError, match=r"threshold 0\.5 of 2 particles is 1, .* never below 1"):
+        settings(n=2)
+    assert settings(n=2, threshold=0.6).n == 2 and settings(n=2, threshold=0.0).threshold == 0
