@@ -19,8 +19,10 @@ GROUPS = {  # rows of the plot: beginnings of the strategies' names
     "choosing": ("best of n", "search", "neighbourhood", "diversity", "stochastic"),
     "steering": ("best of n", "stochastic best", "particles", "noise", "gradient", "nrg"),
 }
-COLOURS = ("#444444", "#1f77b4", "#e07b1a", "#2a9d4a", "#c43c39", "#8e5bb5", "#8c564b", "#d673b8", "#17a0b3", "#a3a520",
-           "#5566cc")  # fmt: skip
+COLOURS = (
+    "#444444", "#1f77b4", "#e07b1a", "#2a9d4a", "#c43c39", "#8e5bb5", "#8c564b", "#d673b8", "#17a0b3", "#a3a520",
+    "#5566cc", "#e8b23a",
+)  # fmt: skip
 
 Cell = dict[str, Any]
 
@@ -65,13 +67,18 @@ def cells(ledger: Sequence[Cell]) -> list[Cell]:
         cell["seconds"] = float(np.mean([run["times"]["seconds"] for run in cell["runs"]]))
         cell["gradients"] = float(np.mean([run["reward_gradients"] for run in cell["runs"]]))
         cell["seen"] = float(np.mean([run["reward_calls"] for run in cell["runs"]]))
-    names = sorted({run["strategy"] for run in ledger}, key=lambda name: (name != "best of n", name))
+    names = sorted({run["strategy"] for run in ledger}, key=_first)
 
     def place(cell: Cell) -> tuple[Any, ...]:
         model = list(MODELS).index(cell["model"])
         return model, cell["follows"], names.index(cell["strategy"]), cell["calls"], str(cell["guidance"])
 
     return sorted(found.values(), key=place)
+
+
+def _first(strategy: str) -> tuple[bool, str]:
+    """Best of n before all others, which follow by name."""
+    return strategy != "best of n", strategy
 
 
 def line(run: Cell) -> str:
@@ -155,7 +162,7 @@ def sweep(runs: Sequence[Cell]) -> str:
 def plot(found: Sequence[Cell]) -> Figure:
     """Gains against network calls in plain samples: two rows per model, what only chooses and what steers, with best of
     n in both; the reward on the left, what is held out on the right."""
-    found = [cell for cell in found if cell["follows"] == "hps"]
+    found = sorted((cell for cell in found if cell["follows"] == "hps"), key=lambda cell: _first(cell["strategy"]))
     shown = [model for model in MODELS if any(cell["model"] == model for cell in found)]
     rows = [(model, *group) for model in shown for group in GROUPS.items()]
     figure = Figure(figsize=(13, 3.6 * len(rows)), layout="constrained")
@@ -164,7 +171,7 @@ def plot(found: Sequence[Cell]) -> Figure:
     most = max(cell["calls"] for cell in found)
     for (left, right), (model, title, beginnings) in zip(grid, rows, strict=True):
         mine = [cell for cell in found if cell["model"] == model and cell["strategy"].startswith(beginnings)]
-        names = list(dict.fromkeys(cell["strategy"] for cell in mine))
+        names = [each for each in dict.fromkeys(cell["strategy"] for cell in found) if each.startswith(beginnings)]
         held = HELD_OUT[model][0]
         for axes, name, said in ((left, "hps", "followed: HPS"), (right, held, f"held out: {held}")):
             for place, strategy in enumerate(names):
