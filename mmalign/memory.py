@@ -195,9 +195,9 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
         latents = _latents(adapter, largest, 1 if cached else rows)
         shape = adapter.latent_shape(*largest)
         adapter.denoiser.enable_gradient_checkpointing()
-        steps = {"checkpointed": _step(config, adapter, rows, shape)}
+        steps = {"checkpointed": _step(config, adapter, rows, shape, largest)}
         adapter.denoiser.disable_gradient_checkpointing()
-        steps["plain"] = _step(config, adapter, rows, shape)
+        steps["plain"] = _step(config, adapter, rows, shape, largest)
     parts = tuple(_parts(adapter, config))
     trained = [p for part in _networks(adapter).values() for p in part.parameters() if p.requires_grad]
     second = 1 if copies_reference(config) else 0
@@ -237,8 +237,8 @@ def hollow(config: TrainConfig) -> Any:
 
 
 def _networks(adapter: Any) -> dict[str, nn.Module]:
-    """The denoiser, the autoencoder and the text encoders, by their names in the pipeline."""
-    names = (adapter.denoiser_name, "vae", *adapter.text_encoders)
+    """The denoiser, the autoencoder and the encoders of prompts and first frames, by their names in the pipeline."""
+    names = (adapter.denoiser_name, "vae", *adapter.text_encoders, "image_encoder")
     return {name: part for name in names if (part := getattr(adapter.pipe, name, None)) is not None}
 
 
@@ -314,7 +314,7 @@ def _latents(adapter: Any, size: buckets.Size, rows: int) -> Pass:
     return Pass(kept, traced.peak, traced.flops)
 
 
-def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...]) -> Step:
+def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...], size: buckets.Size) -> Step:
     """One micro-batch, as `tasks/preference.py` and `tasks/sft.py` compute it."""
     process, trains_text = adapter.process, config.optim.train_text_encoder
     dtype = finish.PRECISIONS[config.precision]
@@ -324,7 +324,7 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...]) 
         noisy, target = process.noisy(latents, t, unit), process.target(latents, t, unit)
         before = traced.live if trains_text else None
         condition = adapter.encode_prompt([""] * rows, grad=trains_text)
-        condition = adapter.add_size(condition, torch.empty(rows, 6))
+        condition = adapter.add_size(condition, torch.empty(rows, 6)) | _first_frames(adapter, rows, shape, size)
         begun = traced.mark()
         flops = [traced.flops]
         prediction = adapter.predict(noisy, t, condition)
@@ -340,6 +340,21 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...]) 
         part.zero_grad(set_to_none=True)
     first, policy, reference, backward = flops
     return Step(activations, peak, policy - first, reference - policy, backward - reference)
+
+
+@torch.no_grad()
+def _first_frames(adapter: Any, rows: int, shape: tuple[int, ...], size: buckets.Size) -> dict[str, Tensor]:
+    """What an image-to-video model is told of first frames; nothing for others."""
+    if not adapter.of_image:
+        return {}
+    tower = getattr(adapter.pipe, "image_encoder", None)
+    if tower is None:
+        found: dict[str, Tensor] = adapter.encode_images(torch.empty(rows, 3, *size[:2]), size[-1])
+        return found
+    seen = tower.config  # Wan's, whose processor works on pictures and not on tensors
+    beside = torch.empty(rows, adapter.temporal + shape[0], *shape[1:])
+    states = torch.empty(rows, (seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size)
+    return {"image_latents": beside, "encoder_hidden_states_image": states}
 
 
 @torch.no_grad()

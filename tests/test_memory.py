@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors import torch as safetensors_torch
 from torch import nn
 from training_kit import config, preferences
 from typer.testing import CliRunner
 from wan_kit import clip_pairs
 
-from mmalign import memory, train
+from mmalign import distributed, memory, train
 from mmalign.cli import app
 from mmalign.jobs import Model
 from mmalign.memory import Work
@@ -96,8 +95,7 @@ def test_what_stays_between_steps_is_what_a_run_allocates(
     found = memory.estimate(wanted)
     wanted.output.mkdir(parents=True)
     task = PreferenceTask(wanted, torch.device("cpu"))
-    low = {"fp32": "no"}.get(wanted.precision, wanted.precision)
-    loop = train.Loop(wanted, task, Accelerator(cpu=True, mixed_precision=low))
+    loop = train.Loop(wanted, task, distributed.accelerator(wanted, torch.device("cpu")))
     loop._micro_step(0, task.load(loop.positions(0, 0)))
     trained = list(loop.named.values())
     # A parameter without a part in the prediction has no gradient here, and would have one elsewhere.
