@@ -8,8 +8,8 @@ Bytes of the parts, with P numbers in trained tensors, all of them float32:
 
     weights       the sum over parameters and buffers, in the dtypes that loading gives
     gradients     4 P
-    optimiser     AdamW: 8 P, and 4 for each tensor (its step count); with 8 bits: 2 a number and 8 for each block of 256,
-                  tensors below 4096 numbers as AdamW
+    optimiser     AdamW: 8 P, and 4 for each tensor (its step count); with 8 bits: 2 P, and 8 for each block of 256,
+                  but 8 P for tensors below 4096 numbers
     average       4 P, with ema
     copies        4 P for each set of earlier weights: of a policy that inverts, of early stopping
     reference     the denoiser's weights once more, where it is a second model

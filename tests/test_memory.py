@@ -151,7 +151,7 @@ def saved_bytes(adapter: Any, rows: int, shape: tuple[int, ...], precision: str)
 def test_activations_are_what_torch_saves_for_backward(
     name: str, size: Size, precision: str, tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
-    """Within a tenth, with gradient checkpointing and without: the prediction is alive too, and what it is a view of."""
+    """Within a tenth, with gradient checkpointing and without; the prediction is alive too."""
     wanted = settings(tmp_path, folders(name), name, precision=precision)
     steps = memory.estimate(wanted, pairs(size)).steps
     adapter: Any = base.load(wanted.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
