@@ -180,6 +180,10 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
     """
     if config.task not in ("preference", "sft"):
         raise ValueError(f"memory is estimated for the tasks preference and sft, not for {config.task}")
+    if config.online and known is None:
+        raise ValueError(
+            "the pairs of online rounds are not there yet; drop online, and give data.table, for --dry-run"
+        )
     device = pick_device(config.device, config.precision)
     adapter = hollow(config)
     found = known or work(config, adapter)
