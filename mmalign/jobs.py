@@ -458,8 +458,8 @@ class SampleConfig(Sampling):
     def _block(cls, value: Any) -> Any:
         if isinstance(value, int | float):
             raise ValueError(
-                "guidance is a block that begins with kind (docs/guidance.md). Did you mean 'guidance_scale', which is a "
-                f"number such as {value:g}?"
+                "guidance is a block that begins with kind (docs/guidance.md). Did you mean 'guidance_scale', a number "
+                f"such as {value:g}?"
             )
         return value
 
