@@ -261,9 +261,8 @@ def main() -> None:
                 continue
             figures.append(measure(name, options, Path(folder)))
         show(figures[-1], options.device == "cuda")
-    print(
-        f"{time.perf_counter() - started:.0f} s in all; {free_memory(torch.device(options.device)) / 2**30:.0f} GiB free"
-    )
+    free = free_memory(torch.device(options.device)) / 2**30
+    print(f"{time.perf_counter() - started:.0f} s in all; {free:.0f} GiB free")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
 

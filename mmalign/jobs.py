@@ -7,9 +7,9 @@ a new model family is one more line in `FAMILIES`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, Guards, Noise, Online, Probability, Reference, Timesteps
@@ -452,6 +452,16 @@ class SampleConfig(Sampling):
     output: Path = Field(description="folder: images/ and table.jsonl")
     limit: PositiveInt | None = Field(None, description="use only the first prompts")
     guidance: Guidance | None = Field(None, description="towards rewards (docs/guidance.md); null: plain sampling")
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _block(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError(
+                "guidance is a block that begins with kind (docs/guidance.md). Did you mean 'guidance_scale', a number "
+                f"such as {value:g}?"
+            )
+        return value
 
     @model_validator(mode="after")
     def _stepped(self) -> SampleConfig:

@@ -144,7 +144,7 @@ def test_a_whole_part_is_exported_as_a_part(a14b: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_about_two_transformers_are_named(a14b: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="set model.expert: high"):
+    with pytest.raises(ValueError, match=r"set model\.expert: high"):
         PreferenceTask(settings(tmp_path, a14b), torch.device("cpu"))
     shown = settings(tmp_path, a14b, model__expert="low", validation__prompts=["x"])
     with pytest.raises(ValueError, match=r"drop validation\.prompts"):

@@ -181,13 +181,25 @@ class Denoising:
         drawn = [torch.randn(latents.shape[1:], generator=each) for each in generators]
         return torch.stack(drawn).to(latents.device)
 
+    @torch.no_grad()
     def plain(
-        self, latents: Tensor, rows: Sequence[int] | None = None, start: int = 0, end: int | None = None
+        self,
+        latents: Tensor,
+        rows: Sequence[int] | None = None,
+        start: int = 0,
+        end: int | None = None,
+        told: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """Latents at timesteps[start] taken to timesteps[end] (clean) by deterministic steps, without gradients."""
-        with torch.no_grad():
-            for i in range(start, self.steps if end is None else end):
-                latents = self.step(latents, self.predict(latents, i, rows), i)
+        """Latents at timesteps[start] taken to timesteps[end] (clean) by deterministic steps, without gradients.
+
+        Args:
+            told: called after each step with the share of them that is done.
+        """
+        end = self.steps if end is None else end
+        for i in range(start, end):
+            latents = self.step(latents, self.predict(latents, i, rows), i)
+            if told:
+                told((i + 1 - start) / (end - start))
         return latents
 
     def checked(self, latents: Tensor, i: int) -> Tensor:

@@ -144,8 +144,12 @@ def with_sets(wanted: Sequence[Any], missing: Sequence[Any], settings: Strategy 
 
 
 def _bar(tell: Callable[[float, float | None], None], start: int, count: int) -> Bar:
+    """A batch's bar; the last reward stays where none is told."""
+    last: list[float | None] = [None]
+
     def bar(share: float, reward: float | None = None) -> None:
-        tell(start + share * count, reward)
+        last[0] = last[0] if reward is None else reward
+        tell(start + share * count, last[0])
 
     return bar
 
