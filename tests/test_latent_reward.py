@@ -506,8 +506,8 @@ def test_weights_of_axes(fitted: tuple[Path, Path, Path]) -> None:
 
 
 def test_keeps_the_contract_of_evaluators(fitted: tuple[Path, Path, Path]) -> None:
-    sizes = ((32, 32), (33, 70), (5, 40))
-    check_evaluator("latent_reward", {"model": str(fitted[0])}, prompts=PROMPTS[:3], sizes=sizes, processes=1)
+    sizes = ((32, 32), (33, 70))
+    check_evaluator("latent_reward", {"model": str(fitted[0])}, prompts=PROMPTS[:2], sizes=sizes, processes=1)
 
 
 @pytest.mark.parametrize("t", [0.2, 0.8, 0.95])
