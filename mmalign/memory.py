@@ -49,7 +49,6 @@ from mmalign.tasks import buckets, finish, sources
 from mmalign.tasks.inputs import check_sizes
 from mmalign.tasks.state import adapter_off
 
-
 WITHOUT_VALUES_IMPOSSIBLE = (
     DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
     UnsupportedOperatorException,
