@@ -5,8 +5,8 @@
 
 `prompts` draws some pictures of every candidate of configs/prompts/shapes.yaml once (utilities are kept), takes their
 mean utility as a prompt's true value, and plays the comparisons many times, a side's pictures drawn anew from those.
-`diversity` compares two folders of `mmalign sample`: the set of each caption against the best pictures of another run of
-the same budget, by attributes that are read from the pixels.
+`diversity` compares two folders of `mmalign sample`: the set of each caption against the best pictures of another run
+of the same budget, by attributes that are read from the pixels.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def utilities(pictures: int, folder: Path) -> tuple[list[str], np.ndarray]:
 def play(
     values: np.ndarray, embeddings: torch.Tensor, seed: int, comparisons: int, choose: str, hidden: tuple[int, ...]
 ) -> list[float]:
-    """True value of the prompt that is named best after each number of comparisons in CHECKED."""
+    """True values: of the prompt named best after each number of CHECKED comparisons; the mean of those compared."""
     rng, pairs, shares, told = np.random.default_rng(seed), [], [], []
     settings = {"hidden": hidden, "ridge": 0.1, "seed": seed}
     for number in range(comparisons):
@@ -71,7 +71,7 @@ def play(
         if number + 1 in CHECKED:
             best = bandits.believe(embeddings, pairs, shares, **settings).best(pairs)
             told.append(float(values[best].mean()))
-    return told
+    return [*told, float(np.mean([values[k].mean() for pair in pairs for k in pair]))]
 
 
 CHECKED = (10, 20, 40)
@@ -94,11 +94,11 @@ def prompts(arguments: argparse.Namespace) -> None:
             )
             for how in ("bandit", "random")
         }
-        for n, count in enumerate(CHECKED):
+        for n, count in enumerate([*(f"best after {count}" for count in CHECKED), "mean of those compared"]):
             ours, theirs = (mean_ci(found[how][:, n].tolist()) for how in ("bandit", "random"))
             gap = mean_ci((found["bandit"][:, n] - found["random"][:, n]).tolist())
             print(
-                f"hidden {hidden}, {count} comparisons: bandit {ours.mean:.3f} ({ours.low:.3f} to {ours.high:.3f}), random "
+                f"hidden {hidden}, {count}: bandit {ours.mean:.3f} ({ours.low:.3f} to {ours.high:.3f}), random "
                 f"{theirs.mean:.3f} ({theirs.low:.3f} to {theirs.high:.3f}), difference {gap.mean:+.3f} "
                 f"({gap.low:+.3f} to {gap.high:+.3f}); the best is {means.max():.3f}"
             )

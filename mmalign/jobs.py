@@ -7,9 +7,9 @@ a new model family is one more line in `FAMILIES`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, Guards, Noise, Online, Probability, Reference, Timesteps
@@ -89,7 +89,9 @@ class Shapes(Strict):
         None, min_length=1, max_length=3,
         description="share of one, two and three shapes; default: 0.6, 0.3, 0.1 of pictures, 0.75, 0.25 of clips",
     )  # fmt: skip
-    annotator: str = Field("faithful", description="who judges the pairs, for tasks that need pairs")
+    annotator: str | None = Field(
+        None, description="who judges, for tasks on preferences; default: faithful of pictures, balanced of clips"
+    )
     votes: PositiveInt = Field(1, description="how often each pair is judged; the label is the winner's share of votes")
     per_prompt: int = Field(2, ge=2, description="pictures of each caption, for objectives on lists and rewards")
 
@@ -450,6 +452,16 @@ class SampleConfig(Sampling):
     output: Path = Field(description="folder: images/ and table.jsonl")
     limit: PositiveInt | None = Field(None, description="use only the first prompts")
     guidance: Guidance | None = Field(None, description="towards rewards (docs/guidance.md); null: plain sampling")
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _block(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError(
+                "guidance is a block that begins with kind (docs/guidance.md). Did you mean 'guidance_scale', a number "
+                f"such as {value:g}?"
+            )
+        return value
 
     @model_validator(mode="after")
     def _stepped(self) -> SampleConfig:

@@ -46,7 +46,7 @@ from mmalign.models.skeleton import fake_mode, skeleton
 from mmalign.models.tracing import Traced, size_of, without_values
 from mmalign.runs import peak_memory, pick_device
 from mmalign.tasks import buckets, finish, sources
-from mmalign.tasks.inputs import check_sizes
+from mmalign.tasks.inputs import Size, check_sizes
 from mmalign.tasks.state import adapter_off
 
 WITHOUT_VALUES_IMPOSSIBLE = (
@@ -199,6 +199,11 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
         )
     device = pick_device(config.device, config.precision)
     adapter = hollow(config)
+    if adapter.of_image:
+        raise ValueError(
+            f"memory is not estimated for {adapter.family}, whose denoiser is told first frames; a text-to-video model "
+            "of the same size is near it"
+        )
     found = known or work(config, adapter)
     mode = fake_mode()
     for part in adapter.pipe.components.values():
@@ -325,14 +330,14 @@ def _text(adapter: Any, rows: int) -> Pass:
     return Pass(kept, traced.peak, traced.flops)
 
 
-def _latents(adapter: Any, size: buckets.Size, rows: int) -> Pass:
+def _latents(adapter: Any, size: Size, rows: int) -> Pass:
     with Traced() as traced:
         pixels = torch.empty(rows, 3, *size[2:], *size[:2])
         kept = size_of([adapter.encode_media(pixels)])
     return Pass(kept, traced.peak, traced.flops)
 
 
-def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...], size: buckets.Size) -> Step:
+def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...], size: Size) -> Step:
     """One micro-batch, as `tasks/preference.py` and `tasks/sft.py` compute it."""
     process, trains_text = adapter.process, config.optim.train_text_encoder
     dtype = finish.PRECISIONS[config.precision]
@@ -361,7 +366,7 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...], 
 
 
 @torch.no_grad()
-def _first_frames(adapter: Any, rows: int, shape: tuple[int, ...], size: buckets.Size) -> dict[str, Tensor]:
+def _first_frames(adapter: Any, rows: int, shape: tuple[int, ...], size: Size) -> dict[str, Tensor]:
     """What an image-to-video model is told of first frames; nothing for others."""
     if not adapter.of_image:
         return {}

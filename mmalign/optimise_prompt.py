@@ -269,7 +269,7 @@ def _ask(config: PromptsConfig, waiting: Sequence[Comparison], table: Path) -> N
         rows.append({"pair": each.name, "prompt": config.wish, **names, "answer": "", "user_id": ""})
     with whole_file(home / f"{TO_COMPARE}.html") as temporary:
         hint = "Then put the downloaded file into the folder of this page, and run the same command again."
-        pictures_of = {row["pair"]: [MediaRef(str(home / str(row[name]))) for name in ("a", "b")] for row in rows}
+        pictures_of = {str(row["pair"]): [MediaRef(str(home / str(row[name]))) for name in ("a", "b")] for row in rows}
         temporary.write_text(question_page(rows, pictures_of, config.judge.side, hint), encoding="utf-8")
     kept = [json.loads(line)["pair"] for line in table.read_text().splitlines()] if table.is_file() else []
     if not {row["pair"] for row in rows} <= set(kept):
@@ -280,7 +280,7 @@ def _ask(config: PromptsConfig, waiting: Sequence[Comparison], table: Path) -> N
 
 
 def read(folder: Path) -> list[Comparison]:
-    """The comparisons of an earlier run; a line that is not whole is not there."""
+    """The comparisons of an earlier run. The file is replaced as a whole after each round, so no line is broken."""
     path = folder / "comparisons.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [_comparison(json.loads(line)) for line in lines]

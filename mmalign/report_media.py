@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
+from mmalign.frame_plans import CommonFps, Timeline
 from mmalign.results import Results
 
 PIXEL_ART = 128  # images up to this size are kept as they are and enlarged without blurring
@@ -22,6 +23,8 @@ _CLIPS = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".m
 _IMAGE_STEPS = ((256, 80), (256, 60), (208, 50), (160, 40), (112, 30))
 _CLIP_STEPS = ((1.0, 18), (1.0, 26), (0.83, 31), (0.7, 36), (0.6, 42))
 _CLIP_SIDE, _CLIP_FRAMES = 192, 48
+# Of clips that have to be judged: frames per second and frames at most, CRFs in turn, and the limit of bytes.
+_JUDGED_FPS, _JUDGED_FRAMES, _JUDGED_CRFS, _JUDGED_BYTES = 30, 240, (18, 23, 28), 3_000_000
 
 
 @dataclass
@@ -112,16 +115,49 @@ def thumbnail(source: Any, clip: bool, limit: int) -> Thumbnail:
 
 
 def inline(source: Any, side: int, quality: int = 85) -> Thumbnail:
-    """A picture or clip of at most `side` pixels for a page on which it has to be judged. MediaError if unreadable."""
+    """A picture or clip of at most `side` pixels for a page on which it has to be judged. MediaError if unreadable.
+
+    A clip has all its frames, so that its motion can be seen: at its own rate, one of variable rate as it plays at 30
+    frames per second, no faster than that, and of more than 240 frames so many evenly.
+    """
     from mmalign.media import is_video, read_image
 
     if is_video(source):
-        return _clip(source, 20 * 14_000, side)
+        return _judged_clip(source, side)
     image = Image.fromarray(read_image(source))
     if max(image.size) <= PIXEL_ART:
         return _tile(_encode(image, lossless=True), image.size, crisp=True)
     small = _fit(image, side)
     return _tile(_encode(small, quality=quality), small.size)
+
+
+@dataclass(frozen=True)
+class _Played:
+    """Frame plan: a clip as it plays on the page."""
+
+    def rate(self, timeline: Timeline) -> float:
+        own = float(_JUDGED_FPS) if timeline.variable else timeline.rate
+        return min(own, _JUDGED_FPS, _JUDGED_FRAMES / max(float(timeline.end), 0.001))
+
+    def on(self, timeline: Timeline) -> list[int]:
+        rate = self.rate(timeline)
+        return CommonFps(rate, CommonFps(rate, 1).longest(timeline)).on(timeline)
+
+
+def _judged_clip(source: Any, side: int) -> Thumbnail:
+    from mmalign.video import read_frames
+
+    plan: Any = _Played()
+    found = read_frames(source, plan)
+    small = {index: _even(Image.fromarray(pixels), side) for index, pixels in found.picked.items()}
+    frames, rate = [small[index] for index in found.indices], plan.rate(found.timeline)
+    crisp = max(frames[0].size) <= PIXEL_ART
+    data = b""
+    for crf in _JUDGED_CRFS:
+        data = _mp4(frames, rate, crf)
+        if len(data) <= _JUDGED_BYTES:
+            break
+    return _with_clip(_tile(_encode(frames[0], quality=60, lossless=crisp), frames[0].size, crisp), data)
 
 
 def _image(source: Any, limit: int) -> Thumbnail:
@@ -153,7 +189,10 @@ def _clip(source: Any, limit: int, side: int = _CLIP_SIDE) -> Thumbnail:
         poster, data = _encode(small[0], quality=60, lossless=crisp), _mp4(small, rate, crf)
         if len(poster) + len(data) <= limit:
             break
-    tile = _tile(poster, small[0].size, crisp)
+    return _with_clip(_tile(poster, small[0].size, crisp), data)
+
+
+def _with_clip(tile: Thumbnail, data: bytes) -> Thumbnail:
     tile.video = "data:video/mp4;base64," + base64.b64encode(data).decode("ascii")
     return tile
 

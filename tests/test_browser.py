@@ -26,8 +26,10 @@ from mmalign.jobs_prefer import Route
 from mmalign.media import write_image, write_video
 from mmalign.media_table import MediaRow, write_media_table
 from mmalign.provenance import write_clip
+from mmalign.records import MediaRef
 from mmalign.report import build as build_report
 from mmalign.report_sheet import build
+from mmalign.routing import question_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -169,12 +171,11 @@ def test_clips_play_in_the_report(browser: webdriver.Chrome, tmp_path: Path) -> 
 
 
 def test_clips_play_on_the_labelling_page(browser: webdriver.Chrome, tmp_path: Path) -> None:
-    from mmalign.routing import _page
-
     for name in "ab":
         write_video(tmp_path / f"{name}.mp4", moving(8, 64, 96), 8)
-    asked = {"pair": "p1", "prompt": "a circle moves", "a": "a.mp4", "b": "b.mp4", "disagreement": 0.5}
-    (tmp_path / "page.html").write_text(_page([asked], str(tmp_path), Route().side))
+    asked = {"pair": "p1", "prompt": "a circle moves", "a": "a.mp4", "b": "b.mp4"}
+    shown = {"p1": [MediaRef(str(tmp_path / f"{name}.mp4")) for name in "ab"]}
+    (tmp_path / "page.html").write_text(question_page([asked], shown, Route().side))
     _open(browser, tmp_path / "page.html")
     clips = browser.find_elements(By.TAG_NAME, "video")
     assert [clip.accessible_name for clip in clips] == ["clip A", "clip B"]

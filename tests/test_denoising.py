@@ -314,9 +314,30 @@ def test_latents_that_overflow_stop_the_run(sd: tuple[Adapter, SampleConfig]) ->
     denoising = begin(adapter, PROMPTS, [0, 1, 2], config, strategy="nrg", lower="scale")
     latents = denoising.initial()
     latents[1, 0, 0, 0] = float("nan")
-    match = r"guidance nrg: 1 of 3 latents are not finite after step 3 of 4 .*lower guidance\.scale, or use a lower"
+    match = r"guidance nrg: 1 of 3 latents are not finite after step 3 of 4, .*lower guidance\.scale, or use a lower"
     with pytest.raises(ValueError, match=match):
         denoising.step(latents, torch.zeros_like(latents), 2)
+
+
+def test_pixels_that_overflow_stop_the_run(sd: tuple[Adapter, SampleConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, config = sd
+    denoising = begin(adapter, PROMPTS, [0, 1, 2], config, strategy="search")
+    decode = adapter.decode
+    monkeypatch.setattr(
+        adapter, "decode", lambda latents: decode(latents) / (latents[:, :3, :1, :1] != latents[0, 0, 0, 0])
+    )
+    with pytest.raises(ValueError, match=r"guidance search: 1 of 3 decoded latents are not finite.*use a lower"):
+        denoising.reward(None, denoising.initial())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart"])
+def test_the_size_is_the_pipelines_own_by_default(name: str, home: Path) -> None:
+    folder = MAKERS[name](home / f"{name}-size")
+    config = _settings(folder, height=None, width=None, steps=1)
+    adapter = sample.load(config, CPU)
+    drawn = adapter.draw(PROMPTS[:1], [torch.Generator()], guidance_scale=1.0, num_inference_steps=1)
+    assert drawn.shape[1:3] == adapter.default_size()
+    assert _begin(adapter, config).shape == adapter.latent_shape(*adapter.default_size())
 
 
 def test_seeds_of_candidates_are_seeds_of_their_own() -> None:

@@ -19,12 +19,14 @@ from torch import Tensor
 from training_kit import records, settings
 from video_kit import FRAMES, PROMPTS, SIDE, clip_preferences, close, deterministic, generators, recorded, start, times
 
-from mmalign import sample, train
+from mmalign import memory, sample, train
 from mmalign.jobs import Model, SampleConfig, TrainConfig
 from mmalign.media import clip_frames, write_image
 from mmalign.media_table import read_media_table
 from mmalign.models import base
+from mmalign.provenance import read_provenance
 from mmalign.testing import tiny_video as tiny
+from mmalign.weights import files_hash
 
 MAKERS = {
     "wan": partial(tiny.tiny_wan, image=True),
@@ -181,6 +183,8 @@ def test_clips_are_sampled_from_a_table_with_pictures(name: str, folders: dict[s
     for row, clip in zip(rows, expected, strict=True):
         found = clip_frames(row.media, fps=None, frames=FRAMES).astype(float)
         assert np.abs(found - clip.numpy()).max() <= 1
+    told = [read_provenance(row.media)["image"]["hash"] for row in rows]  # type: ignore[index, arg-type]
+    assert told == [files_hash([tmp_path / f"{i}.png"]) for i in range(2)]
     with pytest.raises(ValueError, match=r"made with other values of: images"):
         sample.run(_sample(folders[name], tmp_path).model_copy(update={"prompts": _moved(tmp_path)}))
 
@@ -205,3 +209,6 @@ def test_what_is_missing_is_named(folders: dict[str, Path], tmp_path: Path) -> N
     told = settings(tmp_path / "run", folders["wan"], table, data__frames=FRAMES, validation__prompts=["a red circle"])
     with pytest.raises(ValueError, match=r"validation\.prompts: wan_i2v draws from pictures"):
         train.run(TrainConfig.model_validate(told))
+    told = settings(tmp_path / "run", folders["ltx-0.9.0"], table, data__frames=FRAMES)
+    with pytest.raises(ValueError, match=r"memory is not estimated for ltx_i2v"):
+        memory.estimate(TrainConfig.model_validate(told))

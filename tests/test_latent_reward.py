@@ -508,3 +508,33 @@ def test_weights_of_axes(fitted: tuple[Path, Path, Path]) -> None:
 def test_keeps_the_contract_of_evaluators(fitted: tuple[Path, Path, Path]) -> None:
     sizes = ((32, 32), (33, 70), (5, 40))
     check_evaluator("latent_reward", {"model": str(fitted[0])}, prompts=PROMPTS[:3], sizes=sizes, processes=1)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.8, 0.95])
+def test_why_noise_of_their_own(t: float) -> None:
+    """A linear reward fitted to Bradley-Terry labels of x_0 ~ N(0, 1): how steep it is at flow time t.
+
+    Shared noise cancels in the difference, and the fit is beta / a, without bound towards pure noise. With noise of
+    their own it stays below the conditional mean's beta a / (a^2 + s^2), which guidance wants.
+    """
+    generator = torch.Generator().manual_seed(0)
+    beta, a, s = 2.0, 1 - t, t
+    x, noise = torch.randn(2, 2, 40000, generator=generator, dtype=torch.float64)
+    label = torch.bernoulli(torch.sigmoid(beta * (x[0] - x[1])), generator=generator)
+    fitted = {}
+    for kind, eps in (("shared", noise[:1].expand(2, -1)), ("independent", noise)):
+        noisy = a * x + s * eps
+        slope = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        search = torch.optim.LBFGS([slope], max_iter=100, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+
+        def closure(slope: Tensor = slope, noisy: Tensor = noisy, search: Any = search) -> Tensor:
+            search.zero_grad()
+            logit = slope * (noisy[0] - noisy[1])
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, label)
+            loss.backward()
+            return loss
+
+        search.step(closure)
+        fitted[kind] = slope.item()
+    assert fitted["shared"] == pytest.approx(beta / a, rel=0.05)
+    assert 0 < fitted["independent"] < beta * a / (a**2 + s**2)

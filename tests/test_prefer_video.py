@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clip_kit import timed
+from clip_kit import numbered, numbers, timed
+from media_kit import encode, moving
 from prefer_kit import answer, config, questions, rows_of, settings, summary_of
 from table_kit import png, put_json
 
@@ -18,6 +21,7 @@ from mmalign import audit, labelling, prefer, routing
 from mmalign.jobs import Data
 from mmalign.jobs_prefer import PreferConfig
 from mmalign.media import read_video
+from mmalign.report_media import inline
 from mmalign.tables import read_media_table, read_preferences
 from mmalign.tasks import sources
 
@@ -119,7 +123,13 @@ def test_questions_about_clips_and_answers(tmp_path: Path, clips: Path) -> None:
     asked = questions(out)
     assert asked and all(row["a"].endswith(".mp4") for row in asked)
     page = (out / "to_label.html").read_text()
-    assert page.count("<article") == len(asked) and "data:" in page
+    assert page.count("<article") == len(asked)
+    playing = re.findall(r'<video src="data:video/mp4;base64,([^"]+)"', page)
+    shown = [name for row in asked for name in (row["a"], row["b"])]
+    for encoded, name in zip(playing, shown, strict=True):
+        told, real = read_video(base64.b64decode(encoded)), read_video(out / name)
+        assert (told.num_frames, told.fps) == (real.num_frames, real.fps), "every frame, at its own rate"
+        assert (told.frames.double().mean((1, 2, 3)) - real.frames.double().mean((1, 2, 3))).abs().max() < 3
     given = answer(tmp_path, {"pair": asked[0]["pair"], "answer": "B", "user_id": "anna"})
     merged = routing.merge(table, [given], out / "merged.jsonl")
     assert merged.replaced == 1
@@ -129,6 +139,20 @@ def test_questions_about_clips_and_answers(tmp_path: Path, clips: Path) -> None:
     assert [list(facts) for facts in zip(row.fps, row.num_frames, row.models, strict=True)] == [
         before[ref] for ref in row.media
     ]
+
+
+def test_a_page_shows_clips_as_they_play(tmp_path: Path) -> None:
+    """One of variable rate by its times at 30 frames per second, and of a long one 240 frames."""
+    jumps = [Fraction(n, 30) for n in (0, 1, 2, 13, 14, 15)]
+    timed(tmp_path / "jumps.mp4", numbered(6), jumps, last=Fraction(1, 30))
+    tile = inline(tmp_path / "jumps.mp4", 64)
+    assert tile.video is not None and (tile.width, tile.height) == (24, 16)
+    seen = read_video(base64.b64decode(tile.video.partition(",")[2]))
+    frames = seen.frames.permute(0, 2, 3, 1).numpy()
+    assert seen.fps == 30.0 and numbers(frames) == [0, 1, *[2] * 11, 3, 4, 5]
+    encode(tmp_path / "long.mp4", moving(500, 32, 48), fps=25)
+    seen = read_video(base64.b64decode(inline(tmp_path / "long.mp4", 64).video.partition(",")[2]))
+    assert seen.num_frames == 240 and seen.num_frames / seen.fps == pytest.approx(20, abs=0.05)
 
 
 def test_a_video_preference_set_is_relabelled(tmp_path: Path, clips: Path) -> None:

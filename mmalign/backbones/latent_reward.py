@@ -14,7 +14,7 @@ that shares them, such as one fine-tuned from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,11 +148,15 @@ class LatentReward(nn.Module):
         return states(adapter, trunk, self.settings.blocks, noisy, t, condition)
 
     @torch.no_grad()
-    def fit_scale(self, number: int, hidden: Tensor) -> None:
-        """Fits `Standard` at its time of this number, from states [B, N, D] of media there."""
-        features = self.head.before_scaling(hidden).flatten(0, 1).double()
-        deviation = features.std(0, unbiased=False)
-        self.head.standard.mean[number] = features.mean(0)
+    def fit_scale(self, number: int, batches: Iterable[Tensor]) -> None:
+        """Fits `Standard` at its time of this number, from batches of states [B, N, D] of media there."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for hidden in batches:
+            features = self.head.before_scaling(hidden).flatten(0, 1).double().cpu()
+            count, total, squares = count + len(features), total + features.sum(0), squares + features.square().sum(0)
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+        self.head.standard.mean[number] = mean
         self.head.standard.deviation[number] = torch.where(deviation > 1e-4, deviation, torch.ones_like(deviation))
 
 

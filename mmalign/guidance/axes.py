@@ -7,7 +7,6 @@ of axes is the number of rows of the projection; distances along them are what p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,14 +129,14 @@ def _descend(start: Tensor, fitted: Tensor, held: Tensor, margin: float, steps: 
     """The weights with the smallest loss on `held` on the way down that of `fitted`."""
     weight = start.clone().requires_grad_(True)
     adam = torch.optim.Adam([weight], lr=lr)
-    best, lowest, since = start, float(triplet_loss(start, *_parts(held), margin)), 0
+    best, lowest, since = start, float(_of(start, held, margin)), 0
     for _ in range(steps):
         adam.zero_grad()
         with torch.enable_grad():
-            triplet_loss(weight, *_parts(fitted), margin).backward()
+            _of(weight, fitted, margin).backward()
         adam.step()
         with torch.no_grad():
-            loss = float(triplet_loss(weight, *_parts(held), margin))
+            loss = float(_of(weight, held, margin))
         since += 1
         if loss < lowest:
             best, lowest, since = weight.detach().clone(), loss, 0
@@ -146,5 +145,6 @@ def _descend(start: Tensor, fitted: Tensor, held: Tensor, margin: float, steps: 
     return best
 
 
-def _parts(triplets: Tensor) -> Sequence[Tensor]:
-    return triplets.unbind(1)
+def _of(weight: Tensor, triplets: Tensor, margin: float) -> Tensor:
+    anchor, nearer, farther = triplets.unbind(1)
+    return triplet_loss(weight, anchor, nearer, farther, margin)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ def best(rewards: Tensor) -> Tensor:
     return torch.where(rewards.isnan(), -torch.inf, rewards).argmax(1)
 
 
+def _told(bar: Bar, number: int, n: int, share: float) -> None:
+    bar((number + share) / n, None)
+
+
 def best_of_n(denoising: Denoising, rewards: Rewards, settings: BestOfN, bar: Bar) -> Outcome:
     """Draws candidates 0 to n - 1 of each request (`candidate_seed`) and keeps the one with the highest reward.
 
@@ -24,7 +30,8 @@ def best_of_n(denoising: Denoising, rewards: Rewards, settings: BestOfN, bar: Ba
     kept: Tensor | None = None
     found: list[Tensor] = []
     for number in range(settings.n):
-        latents = denoising.plain(denoising.draw([candidate_seed(seed, number) for seed in denoising.seeds]))
+        noise = denoising.draw([candidate_seed(seed, number) for seed in denoising.seeds])
+        latents = denoising.plain(noise, told=partial(_told, bar, number, settings.n))
         reward = denoising.reward(rewards, latents)
         better = reward > torch.stack(found).amax(0) if found else torch.ones_like(reward, dtype=torch.bool)
         found.append(reward)

@@ -7,8 +7,9 @@ of the checkpoint's own scheduler and the pipeline's classifier-free guidance. A
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -180,26 +181,42 @@ class Denoising:
         drawn = [torch.randn(latents.shape[1:], generator=each) for each in generators]
         return torch.stack(drawn).to(latents.device)
 
+    @torch.no_grad()
     def plain(
-        self, latents: Tensor, rows: Sequence[int] | None = None, start: int = 0, end: int | None = None
+        self,
+        latents: Tensor,
+        rows: Sequence[int] | None = None,
+        start: int = 0,
+        end: int | None = None,
+        told: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """Latents at timesteps[start] taken to timesteps[end] (clean) by deterministic steps, without gradients."""
-        with torch.no_grad():
-            for i in range(start, self.steps if end is None else end):
-                latents = self.step(latents, self.predict(latents, i, rows), i)
+        """Latents at timesteps[start] taken to timesteps[end] (clean) by deterministic steps, without gradients.
+
+        Args:
+            told: called after each step with the share of them that is done.
+        """
+        end = self.steps if end is None else end
+        for i in range(start, end):
+            latents = self.step(latents, self.predict(latents, i, rows), i)
+            if told:
+                told((i + 1 - start) / (end - start))
         return latents
 
     def checked(self, latents: Tensor, i: int) -> Tensor:
         """The latents themselves. ValueError, with the setting to lower, where they are no longer finite."""
-        broken = ~torch.isfinite(latents).flatten(1).all(1)
-        if broken.any():
-            lower = f"lower guidance.{self.lower}, or " if self.lower else ""
-            raise ValueError(
-                f"guidance {self.strategy}: {int(broken.sum())} of {len(latents)} latents are not finite after step "
-                f"{i + 1} of {self.steps} (prompts: {self.prompts[0]!r}, ...); {lower}use a lower guidance_scale, "
-                "dtype: float32 or more steps, or check the weights"
-            )
+        self._refuse_broken(latents, f"latents are not finite after step {i + 1} of {self.steps}")
         return latents
+
+    def _refuse_broken(self, values: Tensor, what: str) -> None:
+        broken = ~torch.isfinite(values).flatten(1).all(1)
+        if not broken.any():
+            return
+        lower = f"lower guidance.{self.lower}, or " if self.lower else ""
+        fixes = f"{lower}use a lower guidance_scale, dtype: float32 or more steps, or check the weights"
+        raise ValueError(
+            f"guidance {self.strategy}: {int(broken.sum())} of {len(values)} {what}, in a batch that begins with "
+            f"{self.prompts[0]!r}; {fixes}"
+        )
 
     # ------------------------------------------------------------------------------------------------- pixels
 
@@ -208,7 +225,9 @@ class Denoising:
         for place in self.rows(len(latents), rows):
             self.spent[place].decodes += 1
         parts = [self.adapter.decode(part) for part in latents.split(self.batch_size)]
-        return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
+        pixels = torch.cat(parts).float() / 2 + 0.5
+        self._refuse_broken(pixels, "decoded latents are not finite")
+        return pixels.clamp(0, 1)
 
     @torch.no_grad()
     def reward(self, rewards: Rewards, latents: Tensor, rows: Sequence[int] | None = None) -> Tensor:
@@ -284,7 +303,7 @@ def timesteps(adapter: Adapter, steps: int, shape: tuple[int, ...]) -> Tensor:
     own = adapter.pipe.scheduler.config
     if adapter.process.alphas_cumprod is not None:
         total = len(adapter.process.alphas_cumprod)
-        discrete = diffusers.DDIMScheduler.from_config(own, clip_sample=False)
+        discrete = _scheduler(diffusers.DDIMScheduler, own)
         if steps < total:
             discrete.set_timesteps(steps)
         if steps >= total or int(discrete.timesteps.max()) >= total:
@@ -292,7 +311,7 @@ def timesteps(adapter: Adapter, steps: int, shape: tuple[int, ...]) -> Tensor:
         last = adapter.process.clean if discrete.config.set_alpha_to_one else 0
         return torch.tensor([*discrete.timesteps.tolist(), last])
     shift = own.get("flow_shift") or own.get("shift") or 1.0
-    euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(own, shift=shift)
+    euler = _scheduler(diffusers.FlowMatchEulerDiscreteScheduler, own, shift=shift)
     options: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if adapter.even_sigmas else {}
     if euler.config.use_dynamic_shifting:
         wanted = adapter.shift(shape)
@@ -300,3 +319,9 @@ def timesteps(adapter: Adapter, steps: int, shape: tuple[int, ...]) -> Tensor:
     euler.set_timesteps(steps, **options)
     found: Tensor = euler.sigmas.float()
     return found
+
+
+def _scheduler(kind: Any, own: Mapping[str, Any], **changes: Any) -> Any:
+    """A scheduler with what it knows of another's settings; `from_config` would warn of each that it does not know."""
+    known = inspect.signature(kind.__init__).parameters
+    return kind(**{**{name: value for name, value in own.items() if name in known}, **changes})

@@ -134,11 +134,11 @@ def fit(net: Any, embeddings: Tensor, pairs: Tensor, shares: Tensor, *, ridge: f
         solver.zero_grad()
         away = sum(((weight - start) ** 2).sum() for weight, start in zip(weights, first, strict=True))
         total = comparison_loss(net(embeddings)[:, 0], pairs, shares) + ridge / 2 * away
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         return total
 
     with torch.enable_grad():
-        solver.step(loss)  # type: ignore[no-untyped-call]
+        solver.step(loss)
     return net
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,8 +91,13 @@ def search(denoising: Denoising, rewards: Rewards, settings: Search, bar: Bar) -
             return denoising.draw(seeds).unflatten(0, (count, settings.n))
         return _around(denoising, denoising.initial() if pivot is None else pivot, settings, number, pivot is None)
 
+    rounds = itertools.count()
+
     def evaluate(candidates: Tensor) -> tuple[Tensor, Tensor]:
-        drawn = denoising.plain(candidates.flatten(0, 1))
+        number = next(rounds)
+        drawn = denoising.plain(
+            candidates.flatten(0, 1), told=lambda share: bar((number + share) / settings.rounds, None)
+        )
         return drawn.unflatten(0, (count, -1)), denoising.reward(rewards, drawn).unflatten(0, (count, -1))
 
     def told(done: int, reward: Tensor) -> None:

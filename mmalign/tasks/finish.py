@@ -46,6 +46,8 @@ def load(config: TrainConfig, device: torch.device) -> Any:
     drawing = {"validation.prompts": config.validation.prompts, "guards.early_stopping": config.guards.early_stopping}
     for name in (name for name, wanted in drawing.items() if wanted and adapter.of_image):
         raise ValueError(f"{name}: {adapter.family} draws from pictures, and there are none for prompts; drop it")
+    if config.log.memory and adapter.of_image:
+        raise ValueError(f"log.memory: a step of {adapter.family} is not estimated; drop it")
     return adapter
 
 

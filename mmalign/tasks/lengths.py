@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
@@ -44,8 +46,12 @@ def long_enough(
     lengths = sorted((*data.frame_buckets, data.frames))
     kept: list[Item] = []
     dropped: list[Dropped] = []
-    for item in track(items, "reading lengths", len(items)):
-        fault = next((found for medium in media(item) if (found := _fault(medium, lengths[0], data.fps))), None)
+    every = list(dict.fromkeys(medium for item in items for medium in media(item)))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        looked = pool.map(lambda medium: _fault(medium, lengths[0], data.fps), every)
+        faults = dict(zip(every, track(looked, "reading lengths", len(every)), strict=True))
+    for item in items:
+        fault = next((found for medium in media(item) if (found := faults[medium])), None)
         if fault is None:
             there = min(facts(medium, data.fps)[1] for medium in media(item))
             frames = max(length for length in lengths if length <= there)

@@ -23,7 +23,6 @@ Key = tuple[object, ...]
 """What a draw is of: a group's identity and the epoch."""
 
 MEASURED = 512  # media, over which mean and deviation of the exported scores are taken
-AT_ONCE = 32
 FITTED = 64  # media, on which the scale of features is fitted
 
 
@@ -82,29 +81,35 @@ class NoisedMedia:
     @torch.no_grad()
     def fit(self, media: Sequence[Any], prompts: Sequence[str]) -> None:
         """Statistics of the features of some of these media along the schedule, on which the head begins."""
-        family, process = self.family, self.family.adapter.process
         step = max(1, len(media) // FITTED)
-        media, prompts = list(media[::step][:FITTED]), list(prompts[::step][:FITTED])
+        media, prompts, at_once = media[::step][:FITTED], prompts[::step][:FITTED], self.config.optim.batch_size
+        parts = [slice(start, start + at_once) for start in range(0, len(media), at_once)]
+        for number in track(range(TIMES), "fitting the features' scale", TIMES):
+            self.module.fit_scale(number, (self._hidden_at(number, media[part], prompts[part]) for part in parts))
+
+    def _hidden_at(self, number: int, media: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+        """What the head is given of media at one of the times of which statistics are kept."""
+        adapter, seed = self.family.adapter, self.config.seed
         inputs = self.inputs(media, prompts, [("fit", m.hash()) for m in media])
-        latents, condition = self._clean(inputs, [draw(self.config.seed, "posterior", *key) for key in inputs["own"]])
-        for number, when in enumerate(torch.linspace(0, 1, TIMES).tolist()):
-            t = clean_time(process, latents)
-            noisy = latents
-            if self.config.reward.latent.noised:
-                last = 1 if process.alphas_cumprod is None else len(process.alphas_cumprod) - 1
-                t = (t + when * last).to(t.dtype)
-                generators = [draw(self.config.seed, "noise", number, *key) for key in inputs["own"]]
-                noisy = process.noisy(latents, t, unit_noise(family.adapter, tuple(latents.shape[1:]), generators))
-            family.module.fit_scale(number, family.module.hidden(family.adapter, noisy, t, condition))
+        latents, condition = self._clean(inputs, [draw(seed, "posterior", *key) for key in inputs["own"]])
+        t, process = clean_time(adapter.process, latents), adapter.process
+        if self.config.reward.latent.noised:
+            last = 1 if process.alphas_cumprod is None else len(process.alphas_cumprod) - 1
+            t = (t + number / (TIMES - 1) * last).to(t.dtype)
+            generators = [draw(seed, "noise", number, *key) for key in inputs["own"]]
+            latents = process.noisy(latents, t, unit_noise(adapter, tuple(latents.shape[1:]), generators))
+        found: Tensor = self.module.hidden(adapter, latents, t, condition)
+        return found
 
     @torch.no_grad()
     def measure(self, media: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each axis over clean media (some of them, if they are many), [axes] on the CPU."""
         step = max(1, -(-len(media) // MEASURED))
         media, prompts, found = media[::step], prompts[::step], []
-        starts = range(0, len(media), AT_ONCE)
+        at_once = self.config.optim.batch_size
+        starts = range(0, len(media), at_once)
         for start in track(starts, "measuring the scores' unit", len(starts)):
-            part = slice(start, start + AT_ONCE)
+            part = slice(start, start + at_once)
             inputs = self.inputs(media[part], prompts[part], [("measure", m.hash()) for m in media[part]])
             seeds = [draw(self.config.seed, "posterior", *key) for key in inputs["own"]]
             latents, condition = self._clean(inputs, seeds)

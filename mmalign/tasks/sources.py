@@ -65,7 +65,8 @@ def groups(data: Data, items: Literal["pairs", "lists", "singles"]) -> tuple[lis
             **({"axes": data.axes, "dimensions": data.dimensions} if data.frames else {}),
         }
         draw = clip_data.judged_clips if data.frames else judged_groups
-        found = draw(wanted.scenes, wanted.seed, wanted.annotator, **told)[: data.limit]
+        judge = wanted.annotator or ("balanced" if data.frames else "faithful")
+        found = draw(wanted.scenes, wanted.seed, judge, **told)[: data.limit]
         summary = f"drew {wanted.scenes} groups of {wanted.per_prompt} of the shapes world"
     else:
         assert data.table is not None
