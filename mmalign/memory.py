@@ -199,11 +199,6 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
         )
     device = pick_device(config.device, config.precision)
     adapter = hollow(config)
-    if adapter.of_image:
-        raise ValueError(
-            f"memory is not estimated for {adapter.family}, whose denoiser is told first frames; a text-to-video model "
-            "of the same size is near it"
-        )
     found = known or work(config, adapter)
     mode = fake_mode()
     for part in adapter.pipe.components.values():
