@@ -32,7 +32,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 
 from mmalign.jobs import TrainConfig
 from mmalign.losses.errors import squared_error
@@ -43,6 +48,12 @@ from mmalign.runs import peak_memory, pick_device
 from mmalign.tasks import buckets, finish, sources
 from mmalign.tasks.inputs import Size, check_sizes
 from mmalign.tasks.state import adapter_off
+
+WITHOUT_VALUES_IMPOSSIBLE = (
+    DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)  # fmt: skip
+"""What torch raises where a computation needs values, or cannot be traced."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,7 @@ class Estimate:
         steps: with and without gradient checkpointing, by "checkpointed" and "plain".
         phases: device bytes of each phase; the largest is the run's.
         cached: whether latents and embeddings are kept, so that the encoders are used for what is new alone.
+        errors_cached: the same of the reference's errors.
         available: bytes that the device has.
     """
 
@@ -124,6 +136,7 @@ class Estimate:
     accumulate: int
     checkpointing: bool
     cached: bool
+    errors_cached: bool
     parts: tuple[Part, ...]
     gradients: int
     optimiser: int
@@ -186,11 +199,6 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
         )
     device = pick_device(config.device, config.precision)
     adapter = hollow(config)
-    if adapter.of_image:
-        raise ValueError(
-            f"memory is not estimated for {adapter.family}, whose denoiser is told first frames; a text-to-video model "
-            "of the same size is near it"
-        )
     found = known or work(config, adapter)
     mode = fake_mode()
     for part in adapter.pipe.components.values():
@@ -221,6 +229,7 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
     return Estimate(
         summary=found.summary, family=adapter.family, device=str(device), precision=config.precision, rows=rows,
         accumulate=config.optim.accumulate, checkpointing=config.optim.gradient_checkpointing, cached=cached,
+        errors_cached=refers(config) and config.reference.kind == "cached",
         parts=parts, buckets=tuple(_buckets(found, adapter)), steps=steps, text=text, latents=latents, phases=phases,
         available=available(device), **pieces,
     )  # fmt: skip
@@ -427,8 +436,8 @@ def compare(config: TrainConfig, known: Work, before: int) -> dict[str, Any]:
     }
     try:
         found = estimate(config, known)
-    except DataDependentOutputException as error:
-        return {"estimated": None, "why_not": f"the model reads values of its inputs ({error})", "measured": measured}
+    except WITHOUT_VALUES_IMPOSSIBLE as error:
+        return {"estimated": None, "why_not": f"the model cannot be run without values ({error})", "measured": measured}
     shown = {"total": found.total, "phases": found.phases}
     shown |= {name: getattr(found, name) for name in ("gradients", "optimiser", "average", "copies", "reference")}
     parts = {part.name: part.bytes for part in found.parts}
