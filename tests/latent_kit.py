@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mmalign.config import build
-from mmalign.jobs import Model, TrainConfig
+from mmalign.jobs import TrainConfig
+from mmalign.jobs_inputs import Model
 from mmalign.media import read_image, write_image
 from mmalign.models import base
 from mmalign.records import MediaRef

@@ -12,7 +12,8 @@ import torch
 from training_kit import PROMPTS, config, records, settings
 
 from mmalign import sample, train
-from mmalign.jobs import Data, Model, SampleConfig, TrainConfig
+from mmalign.jobs import SampleConfig, TrainConfig
+from mmalign.jobs_inputs import Data, Model
 from mmalign.media import read_video, write_video
 from mmalign.media_table import read_media_table
 from mmalign.models import base

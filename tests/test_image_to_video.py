@@ -20,7 +20,8 @@ from training_kit import records, settings
 from video_kit import FRAMES, PROMPTS, SIDE, clip_preferences, close, deterministic, generators, recorded, start, times
 
 from mmalign import sample, train
-from mmalign.jobs import Model, SampleConfig, TrainConfig
+from mmalign.jobs import SampleConfig, TrainConfig
+from mmalign.jobs_inputs import Model
 from mmalign.media import clip_frames, write_image
 from mmalign.media_table import read_media_table
 from mmalign.models import base

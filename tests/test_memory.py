@@ -19,7 +19,7 @@ from wan_kit import clip_pairs
 
 from mmalign import distributed, memory, train
 from mmalign.cli import app
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.memory import Work
 from mmalign.models import base
 from mmalign.models.skeleton import fake_mode, skeleton

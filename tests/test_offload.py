@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from training_kit import config, moved, preferences
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
 from mmalign.testing import tiny

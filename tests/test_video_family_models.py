@@ -10,7 +10,7 @@ import pytest
 import torch
 from video_kit import FRAMES, MAKERS, PROMPTS, compare_first_calls, draw, folders_of, recorded, start
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 
 

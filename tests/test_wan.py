@@ -17,7 +17,8 @@ from training_kit import config
 from wan_kit import clip_pairs, tiny_a14b, tiny_ti2v
 
 from mmalign import memory, sample, train
-from mmalign.jobs import Model, SampleConfig
+from mmalign.jobs import SampleConfig
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.noise import Process
 from mmalign.tasks.preference import PreferenceTask

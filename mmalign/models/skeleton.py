@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.models.adapter import Adapter, load_part
 from mmalign.models.checkpoint import index_parts, part_class

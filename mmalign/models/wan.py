@@ -14,7 +14,7 @@ from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Condition, cast
 from mmalign.models.checkpoint import index_parts
 from mmalign.models.video import VideoAdapter, channel_statistics
