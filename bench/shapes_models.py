@@ -20,7 +20,8 @@ from mmalign import sample
 from mmalign.backbones.clip import load_clip
 from mmalign.backbones.clip_scoring import resize_pad
 from mmalign.config import load
-from mmalign.jobs import Model, SampleConfig
+from mmalign.jobs import SampleConfig
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.paths import find
 from mmalign.shapes.captions import captions

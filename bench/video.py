@@ -1,7 +1,7 @@
 """Pairs per second and peak memory of Flow-DPO on clips: encoding in every step against what is cached.
 
     python bench/video.py                                  # shapes (2.8 M) and a Wan of 30 M parameters, on the CPU
-    python bench/video.py --model small --rounds 6 --json figures.json
+    python bench/video.py --model small --rounds 6 --steps 4 --json figures.json
     python bench/video.py --model wan-1.3b --precision bf16 --steps 6       # a GPU: published sizes, random weights
     python bench/video.py --model cogvideox-2b --precision bf16 --steps 6   # v prediction: Diffusion-DPO
     python bench/video.py --computed                       # no weights, no GPU: FLOPs and memory at published sizes
@@ -242,9 +242,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=("fp32", "bf16"), help="VAE in fp32")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("HEIGHT", "WIDTH", "FRAMES"), help="of the clips")
-    parser.add_argument("--batch-size", type=int, default=1 if gpu else 2, help="pairs per step")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a block, which visits every pair once")
-    parser.add_argument("--rounds", type=int, default=6, help="how often the blocks alternate")
+    parser.add_argument("--batch-size", type=int, help="pairs per step; default 1, shapes: 2")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a block, which visits every pair once")
+    parser.add_argument("--rounds", type=int, default=5, help="how often the blocks alternate")
     parser.add_argument("--ways", nargs="+", default=["plain", "checkpointed"], choices=("plain", "checkpointed"))
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the device's tensor cores, dense bf16")
     parser.add_argument("--folder", type=Path, help="where the model lies, or is to be kept for the next call")
@@ -259,11 +259,12 @@ def main() -> None:
             if options.computed:
                 figures.append(computed(options, Path(folder)))
                 continue
-            figures.append(measure(name, options, Path(folder)))
+            size_of_batch = options.batch_size or (2 if name == "shapes" else 1)
+            told = argparse.Namespace(**{**vars(options), "batch_size": size_of_batch})
+            figures.append(measure(name, told, Path(folder)))
         show(figures[-1], options.device == "cuda")
-    print(
-        f"{time.perf_counter() - started:.0f} s in all; {free_memory(torch.device(options.device)) / 2**30:.0f} GiB free"
-    )
+    free = free_memory(torch.device(options.device)) / 2**30
+    print(f"{time.perf_counter() - started:.0f} s in all; {free:.0f} GiB free")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
 

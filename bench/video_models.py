@@ -84,7 +84,7 @@ def _xxl() -> dict[str, Any]:
 
 
 def write(name: str, folder: Path, *, weights: bool, device: torch.device, dtype: torch.dtype) -> Path:
-    """Saves a pipeline, unless it is there: its configs, and with `weights` random ones of `dtype` (the VAE float32)."""
+    """Saves a pipeline, unless it is there: configs, and with `weights` random ones of `dtype` (the VAE float32)."""
     if (folder / "model_index.json").is_file():
         return folder
     pipeline, parts, scheduler = makers(name)

@@ -17,8 +17,8 @@ class ShapesPlace(Evaluator):
     """Attributes that no caption need ask for: place, size and saturation of what an image of the shapes world shows.
 
     Sub-scores, each the mean over the proper shapes of the image: ``x`` and ``y`` of the centres in [0, 1] from the top
-    left, ``radius`` as a share of half the side, in [0, 1], and HSV ``saturation`` in [0, 1]. Without a proper shape: the
-    middle, radius and saturation 0. None of them is better or worse: they say how alike two images are.
+    left, ``radius`` as a share of half the side, in [0, 1], and HSV ``saturation`` in [0, 1]. Without a proper shape
+    the middle, radius and saturation 0. None of them is better or worse: they say how alike two images are.
     """
 
     needs = frozenset({"image"})

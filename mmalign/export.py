@@ -74,7 +74,7 @@ def export_lora(
         adapter_state: as ``get_peft_model_state_dict(denoiser)`` gives it: ``<module>.lora_A.weight`` of shape [r, in]
             (or [r, in, k, k]) and ``<module>.lora_B.weight`` of shape [out, r] (or [out, r, 1, 1]).
         config: the adapter's ``LoraConfig``; ``r``, ``lora_alpha``, their patterns and ``use_rslora`` are read.
-        family: a name in ``mmalign.jobs.FAMILIES``; those in `UNETS` have a UNet, the others a transformer.
+        family: a name in ``mmalign.jobs_inputs.FAMILIES``; those in `UNETS` have a UNet, the others a transformer.
         denoiser_config: the denoiser's ``config``; read for the block numbers of SDXL.
         output: folder to write into.
         name: file name, without suffix, of the ComfyUI file.
@@ -216,7 +216,7 @@ def model_card(
         scores: measure -> value, or measure -> {column -> value} (for example base and aligned).
         base_model: hub name or folder of the base model. Only a hub name goes into the front matter, where it links.
         licence: licence identifier as the hub spells it, for example ``openrail++``; most often the base model's.
-        family: a name in ``mmalign.jobs.FAMILIES``.
+        family: a name in ``mmalign.jobs_inputs.FAMILIES``.
         lora: whether the export is a LoRA or a full pipeline.
         absent: parts that the pipeline comes without, which plain diffusers wants to be told (text_encoder_3).
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.preference_row import PreferenceRow
 
 _DIGITS = 12  # means of weighted votes are rounded to: a half of them is a tie, whatever order they were added in

@@ -8,8 +8,8 @@ Bytes of the parts, with P numbers in trained tensors, all of them float32:
 
     weights       the sum over parameters and buffers, in the dtypes that loading gives
     gradients     4 P
-    optimiser     AdamW: 8 P, and 4 for each tensor (its step count); with 8 bits: 2 a number and 8 for each block of 256,
-                  tensors below 4096 numbers as AdamW
+    optimiser     AdamW: 8 P, and 4 for each tensor (its step count); with 8 bits: 2 P, and 8 for each block of 256,
+                  but 8 P for tensors below 4096 numbers
     average       4 P, with ema
     copies        4 P for each set of earlier weights: of a policy that inverts, of early stopping
     reference     the denoiser's weights once more, where it is a second model
@@ -32,7 +32,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 
 from mmalign.jobs import TrainConfig
 from mmalign.losses.errors import squared_error
@@ -41,8 +46,14 @@ from mmalign.models.skeleton import fake_mode, skeleton
 from mmalign.models.tracing import Traced, size_of, without_values
 from mmalign.runs import peak_memory, pick_device
 from mmalign.tasks import buckets, finish, sources
-from mmalign.tasks.inputs import check_sizes
+from mmalign.tasks.inputs import Size, check_sizes
 from mmalign.tasks.state import adapter_off
+
+WITHOUT_VALUES_IMPOSSIBLE = (
+    DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)  # fmt: skip
+"""What torch raises where a computation needs values, or cannot be traced."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,7 @@ class Estimate:
         steps: with and without gradient checkpointing, by "checkpointed" and "plain".
         phases: device bytes of each phase; the largest is the run's.
         cached: whether latents and embeddings are kept, so that the encoders are used for what is new alone.
+        errors_cached: the same of the reference's errors.
         available: bytes that the device has.
     """
 
@@ -124,6 +136,7 @@ class Estimate:
     accumulate: int
     checkpointing: bool
     cached: bool
+    errors_cached: bool
     parts: tuple[Part, ...]
     gradients: int
     optimiser: int
@@ -180,13 +193,12 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
     """
     if config.task not in ("preference", "sft"):
         raise ValueError(f"memory is estimated for the tasks preference and sft, not for {config.task}")
+    if config.online and known is None:
+        raise ValueError(
+            "the pairs of online rounds are not there yet; drop online, and give data.table, for --dry-run"
+        )
     device = pick_device(config.device, config.precision)
     adapter = hollow(config)
-    if adapter.of_image:
-        raise ValueError(
-            f"memory is not estimated for {adapter.family}, whose denoiser is told first frames; a text-to-video model "
-            "of the same size is near it"
-        )
     found = known or work(config, adapter)
     mode = fake_mode()
     for part in adapter.pipe.components.values():
@@ -200,9 +212,9 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
         latents = _latents(adapter, largest, 1 if cached else rows)
         shape = adapter.latent_shape(*largest)
         adapter.denoiser.enable_gradient_checkpointing()
-        steps = {"checkpointed": _step(config, adapter, rows, shape)}
+        steps = {"checkpointed": _step(config, adapter, rows, shape, largest)}
         adapter.denoiser.disable_gradient_checkpointing()
-        steps["plain"] = _step(config, adapter, rows, shape)
+        steps["plain"] = _step(config, adapter, rows, shape, largest)
     parts = tuple(_parts(adapter, config))
     trained = [p for part in _networks(adapter).values() for p in part.parameters() if p.requires_grad]
     second = 1 if copies_reference(config) else 0
@@ -217,6 +229,7 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
     return Estimate(
         summary=found.summary, family=adapter.family, device=str(device), precision=config.precision, rows=rows,
         accumulate=config.optim.accumulate, checkpointing=config.optim.gradient_checkpointing, cached=cached,
+        errors_cached=refers(config) and config.reference.kind == "cached",
         parts=parts, buckets=tuple(_buckets(found, adapter)), steps=steps, text=text, latents=latents, phases=phases,
         available=available(device), **pieces,
     )  # fmt: skip
@@ -242,8 +255,8 @@ def hollow(config: TrainConfig) -> Any:
 
 
 def _networks(adapter: Any) -> dict[str, nn.Module]:
-    """The denoiser, the autoencoder and the text encoders, by their names in the pipeline."""
-    names = (adapter.denoiser_name, "vae", *adapter.text_encoders)
+    """The denoiser, the autoencoder and the encoders of prompts and first frames, by their names in the pipeline."""
+    names = (adapter.denoiser_name, "vae", *adapter.text_encoders, "image_encoder")
     return {name: part for name in names if (part := getattr(adapter.pipe, name, None)) is not None}
 
 
@@ -312,14 +325,14 @@ def _text(adapter: Any, rows: int) -> Pass:
     return Pass(kept, traced.peak, traced.flops)
 
 
-def _latents(adapter: Any, size: buckets.Size, rows: int) -> Pass:
+def _latents(adapter: Any, size: Size, rows: int) -> Pass:
     with Traced() as traced:
         pixels = torch.empty(rows, 3, *size[2:], *size[:2])
         kept = size_of([adapter.encode_media(pixels)])
     return Pass(kept, traced.peak, traced.flops)
 
 
-def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...]) -> Step:
+def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...], size: Size) -> Step:
     """One micro-batch, as `tasks/preference.py` and `tasks/sft.py` compute it."""
     process, trains_text = adapter.process, config.optim.train_text_encoder
     dtype = finish.PRECISIONS[config.precision]
@@ -329,7 +342,7 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...]) 
         noisy, target = process.noisy(latents, t, unit), process.target(latents, t, unit)
         before = traced.live if trains_text else None
         condition = adapter.encode_prompt([""] * rows, grad=trains_text)
-        condition = adapter.add_size(condition, torch.empty(rows, 6))
+        condition = adapter.add_size(condition, torch.empty(rows, 6)) | _first_frames(adapter, rows, shape, size)
         begun = traced.mark()
         flops = [traced.flops]
         prediction = adapter.predict(noisy, t, condition)
@@ -345,6 +358,21 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...]) 
         part.zero_grad(set_to_none=True)
     first, policy, reference, backward = flops
     return Step(activations, peak, policy - first, reference - policy, backward - reference)
+
+
+@torch.no_grad()
+def _first_frames(adapter: Any, rows: int, shape: tuple[int, ...], size: Size) -> dict[str, Tensor]:
+    """What an image-to-video model is told of first frames; nothing for others."""
+    if not adapter.of_image:
+        return {}
+    tower = getattr(adapter.pipe, "image_encoder", None)
+    if tower is None:
+        found: dict[str, Tensor] = adapter.encode_images(torch.empty(rows, 3, *size[:2]), size[-1])
+        return found
+    seen = tower.config  # Wan's, whose processor works on pictures and not on tensors
+    beside = torch.empty(rows, adapter.temporal + shape[0], *shape[1:])
+    states = torch.empty(rows, (seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size)
+    return {"image_latents": beside, "encoder_hidden_states_image": states}
 
 
 @torch.no_grad()
@@ -408,8 +436,8 @@ def compare(config: TrainConfig, known: Work, before: int) -> dict[str, Any]:
     }
     try:
         found = estimate(config, known)
-    except DataDependentOutputException as error:
-        return {"estimated": None, "why_not": f"the model reads values of its inputs ({error})", "measured": measured}
+    except WITHOUT_VALUES_IMPOSSIBLE as error:
+        return {"estimated": None, "why_not": f"the model cannot be run without values ({error})", "measured": measured}
     shown = {"total": found.total, "phases": found.phases}
     shown |= {name: getattr(found, name) for name in ("gradients", "optimiser", "average", "copies", "reference")}
     parts = {part.name: part.bytes for part in found.parts}

@@ -64,7 +64,8 @@ def _pieces(found: Estimate) -> Iterator[tuple[str, str, str]]:
 def sentences(found: Estimate) -> list[str]:
     """Work and total."""
     step, count = found.step, found.accumulate
-    work = {"forward": step.forward_flops, "reference": step.reference_flops, "backward": step.backward_flops}
+    asked = "reference (until its errors are cached)" if found.errors_cached else "reference"
+    work = {"forward": step.forward_flops, asked: step.reference_flops, "backward": step.backward_flops}
     encoding = found.rows * found.latents.flops if found.cached else found.latents.flops
     told = ", ".join(f"{name} {flops(value * count)}" for name, value in work.items() if value)
     when = "once per item" if found.cached else "in every step"

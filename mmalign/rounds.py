@@ -27,8 +27,9 @@ import torch
 from mmalign import judgements, prefer, prefer_pool, report, sample, score, tables, train
 from mmalign.compare import compare
 from mmalign.config import dump, load
-from mmalign.jobs import Data, Model, SampleConfig, ScoreConfig, TrainConfig
+from mmalign.jobs import SampleConfig, ScoreConfig, TrainConfig
 from mmalign.jobs_align import Guards, HeldOut
+from mmalign.jobs_inputs import Data, Model
 from mmalign.jobs_prefer import PHI, PreferConfig, SampleSource
 from mmalign.methods import DiffusionDPO, Preference
 from mmalign.paths import find

@@ -81,12 +81,10 @@ def _compare_memory(config: TrainConfig, task: Any, before: int) -> None:
     found = memory.compare(config, memory.Work(task.targets, task.size, media, ""), before)
     runs.add_facts(config.output, {"memory": found})
     if found["estimated"]:
-        peak, kind = found["measured"]["peak"], found["measured"]["kind"]
+        total, peak, kind = found["estimated"]["total"], found["measured"]["peak"], found["measured"]["kind"]
         rest = f", of which {before / 2**30:.2f} before anything was loaded" if kind == "resident" else ""
-        print(
-            f"memory: estimated {found['estimated']['total'] / 2**30:.2f} GiB, measured {peak / 2**30:.2f} ({kind}{rest})",
-            file=sys.stderr,
-        )
+        told = f"memory: estimated {total / 2**30:.2f} GiB, measured {peak / 2**30:.2f} ({kind}{rest})"
+        print(told, file=sys.stderr)
 
 
 class Loop:

@@ -12,8 +12,9 @@ from mmalign.config import Strict
 from mmalign.evaluation import Batch, Evaluator, Uniform
 from mmalign.guidance.denoising import Denoising, begin
 from mmalign.guidance.rewards import Rewards
-from mmalign.jobs import Model, SampleConfig
+from mmalign.jobs import SampleConfig
 from mmalign.jobs_align import RewardSpec
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.pixel_scores import PixelScorer
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mmalign import judgements
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.tables import PreferenceTable
 
 

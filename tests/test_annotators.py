@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.shapes.annotators import ANNOTATORS, FEATURES, Annotator, Cycle, features
 from mmalign.shapes.captions import parse_caption
 from mmalign.shapes.data import judged_groups

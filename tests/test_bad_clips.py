@@ -17,7 +17,7 @@ from media_kit import encode, moving
 from table_kit import png, put_json
 from test_video import FAST_START, REAL_CLIP, cut_off, damaged, turned
 
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.media import MediaError, clip_facts, clip_frames, read_image, write_image, write_video
 from mmalign.tables import read_preferences
 from mmalign.tasks import sources

@@ -13,7 +13,8 @@ import torch
 
 from mmalign import discovery, judgements
 from mmalign.evaluation import Batch
-from mmalign.jobs import Data, EvaluatorSpec, ScoreConfig
+from mmalign.jobs import EvaluatorSpec, ScoreConfig
+from mmalign.jobs_inputs import Data
 from mmalign.media import write_video
 from mmalign.results import read_results
 from mmalign.score import run

@@ -12,7 +12,8 @@ import torch
 from training_kit import PROMPTS, config, records, settings
 
 from mmalign import sample, train
-from mmalign.jobs import Data, Model, SampleConfig, TrainConfig
+from mmalign.jobs import SampleConfig, TrainConfig
+from mmalign.jobs_inputs import Data, Model
 from mmalign.media import read_video, write_video
 from mmalign.media_table import read_media_table
 from mmalign.models import base
@@ -212,14 +213,15 @@ def test_fine_tuning_and_autoencoder_train_on_clips(wan: Path, tmp_path: Path) -
     run = train.run(TrainConfig.model_validate(tree))
     folder = run / "export" / "vae"
     told = json.loads((folder / "config.json").read_text())
-    assert len(told["latents_mean"]) == len(told["latents_std"]) == 4 and told["latents_std"] != [1.0] * 4
+    assert told["latents_mean"] == [0.0] * 4 and told["latents_std"] == [1.0] * 4  # `whiten` has them in the weights
     adapter = base.load(Model(path=wan, components={"vae": folder}))
     task = SFTTask(TrainConfig.model_validate({**tree, "task": "sft", "loss": {"kind": "denoising"},
                                                "data": {**shapes, "cache": "memory"}}), CPU)  # fmt: skip
     pixels = torch.stack([task.load([(i, 0)])["fetched"][0].pixels for i in range(6)])
     means = adapter.encode_media(pixels)[:, 0].movedim(1, -1).flatten(0, -2)
     torch.testing.assert_close(means.mean(0), torch.zeros(4), rtol=0, atol=1e-3)
-    torch.testing.assert_close(means.std(0), torch.ones(4), rtol=0, atol=1e-3)
+    assert (means.std(0) <= 1.001).all()  # times each channel's share of signal
+    assert adapter.encode_media(pixels)[:, 1].max() < 1e-6  # and no noise of the posterior
 
 
 def test_a_resumed_run_on_clips_ends_in_the_same_bytes(

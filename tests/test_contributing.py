@@ -15,7 +15,7 @@ import torch
 from training_kit import config as training_config
 from training_kit import preferences
 
-from mmalign import config, jobs, methods
+from mmalign import config, jobs_inputs, methods
 from mmalign.discovery import make_evaluator, parse_params
 from mmalign.evaluation import Batch, check_class
 from mmalign.losses import pairwise
@@ -80,15 +80,17 @@ def test_the_model_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     index["_class_name"] = "StableDiffusionPAGPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="no adapter for StableDiffusionPAGPipeline"):
-        base.load(jobs.Model(path=folder))
+        base.load(jobs_inputs.Model(path=folder))
 
     module("mmalign/models/sd_pag.py", monkeypatch)
     monkeypatch.setattr(base, "_CLASSES", dict(base._CLASSES))
-    monkeypatch.setattr(jobs, "FAMILIES", {**jobs.FAMILIES, "sd_pag": "Stable Diffusion with perturbed attention"})
+    monkeypatch.setattr(
+        jobs_inputs, "FAMILIES", {**jobs_inputs.FAMILIES, "sd_pag": "Stable Diffusion with perturbed attention"}
+    )
     if hasattr(base, "FAMILIES"):
-        monkeypatch.setattr(base, "FAMILIES", jobs.FAMILIES)
+        monkeypatch.setattr(base, "FAMILIES", jobs_inputs.FAMILIES)
     exec(compile(EXAMPLES["mmalign/models/base.py"], "base.py", "exec"), vars(base))
-    adapter = base.load(jobs.Model(path=folder))
+    adapter = base.load(jobs_inputs.Model(path=folder))
     assert (adapter.family, type(adapter.pipeline()).__name__) == ("sd_pag", "StableDiffusionPAGPipeline")
     condition = adapter.encode_prompt(["a red circle"])
     latents = torch.randn(1, *adapter.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))

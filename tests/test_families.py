@@ -25,7 +25,8 @@ from torch import Tensor
 from training_kit import config, preferences, records, settings
 
 from mmalign import noise, train
-from mmalign.jobs import Data, Model, TrainConfig
+from mmalign.jobs import TrainConfig
+from mmalign.jobs_inputs import Data, Model
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
 from mmalign.tasks.inputs import Inputs

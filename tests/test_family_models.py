@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_families import MAKERS, PROMPTS, _condition, _start
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.models.checkpoint import check_folder
 from mmalign.tasks.finish import _check_targets

@@ -11,7 +11,8 @@ import torch
 from test_families import MAKERS, PROMPTS, SIDE
 
 from mmalign import sample
-from mmalign.jobs import Data, Model, SampleConfig
+from mmalign.jobs import SampleConfig
+from mmalign.jobs_inputs import Data, Model
 from mmalign.media import read_image
 from mmalign.media_table import read_media_table
 from mmalign.models import base

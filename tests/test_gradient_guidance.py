@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_latent_reward import PROMPTS, loaded, settings, table
+from latent_kit import PROMPTS, loaded, settings, table
 from torch import Tensor
 
 from mmalign import sample

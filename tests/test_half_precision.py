@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from training_kit import lists, method_settings, moved
 
 from mmalign import train
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.models.negative import guide_away
 from mmalign.tasks import finish

@@ -19,8 +19,9 @@ from torch import Tensor
 from training_kit import records, settings
 from video_kit import FRAMES, PROMPTS, SIDE, clip_preferences, close, deterministic, generators, recorded, start, times
 
-from mmalign import memory, sample, train
-from mmalign.jobs import Model, SampleConfig, TrainConfig
+from mmalign import sample, train
+from mmalign.jobs import SampleConfig, TrainConfig
+from mmalign.jobs_inputs import Model
 from mmalign.media import clip_frames, write_image
 from mmalign.media_table import read_media_table
 from mmalign.models import base
@@ -209,6 +210,3 @@ def test_what_is_missing_is_named(folders: dict[str, Path], tmp_path: Path) -> N
     told = settings(tmp_path / "run", folders["wan"], table, data__frames=FRAMES, validation__prompts=["a red circle"])
     with pytest.raises(ValueError, match=r"validation\.prompts: wan_i2v draws from pictures"):
         train.run(TrainConfig.model_validate(told))
-    told = settings(tmp_path / "run", folders["ltx-0.9.0"], table, data__frames=FRAMES)
-    with pytest.raises(ValueError, match=r"memory is not estimated for ltx_i2v"):
-        memory.estimate(TrainConfig.model_validate(told))

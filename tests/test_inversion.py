@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmalign import noise
 from mmalign.inversion import evaluations, invert
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.testing.tiny import tiny_sd
 from mmalign.testing.tiny_transformers import tiny_sd3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmalign import judgements
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.records import MediaRef
 from mmalign.tables import PreferenceRow
 from mmalign.tasks.sources import digest

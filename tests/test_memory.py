@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors import torch as safetensors_torch
 from torch import nn
 from training_kit import config, preferences
 from typer.testing import CliRunner
 from wan_kit import clip_pairs
 
-from mmalign import memory, train
+from mmalign import distributed, memory, train
 from mmalign.cli import app
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.memory import Work
 from mmalign.models import base
 from mmalign.models.skeleton import fake_mode, skeleton
@@ -96,8 +96,7 @@ def test_what_stays_between_steps_is_what_a_run_allocates(
     found = memory.estimate(wanted)
     wanted.output.mkdir(parents=True)
     task = PreferenceTask(wanted, torch.device("cpu"))
-    low = {"fp32": "no"}.get(wanted.precision, wanted.precision)
-    loop = train.Loop(wanted, task, Accelerator(cpu=True, mixed_precision=low))
+    loop = train.Loop(wanted, task, distributed.accelerator(wanted, torch.device("cpu")))
     loop._micro_step(0, task.load(loop.positions(0, 0)))
     trained = list(loop.named.values())
     # A parameter without a part in the prediction has no gradient here, and would have one elsewhere.
@@ -153,20 +152,21 @@ def saved_bytes(adapter: Any, rows: int, shape: tuple[int, ...], precision: str)
 def test_activations_are_what_torch_saves_for_backward(
     name: str, size: Size, precision: str, tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
-    """Within a tenth, with gradient checkpointing and without: the prediction is alive too, and what it is a view of."""
+    """Within 5 %, with gradient checkpointing and without; and the prediction is alive, and what it is a view of."""
     wanted = settings(tmp_path, folders(name), name, precision=precision)
     steps = memory.estimate(wanted, pairs(size)).steps
     adapter: Any = base.load(wanted.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     memory.finish.make_trainable(adapter, wanted)
+    spare = 2 * 4 * 4 * math.prod(adapter.latent_shape(*size))
     for way, found in steps.items():
         change = "enable" if way == "checkpointed" else "disable"
         getattr(adapter.denoiser, f"{change}_gradient_checkpointing")()
         saved = saved_bytes(adapter, 4, adapter.latent_shape(*size), precision)
         print(f"{name} {size} {precision} {way}: {found.activations:,} estimated, {saved:,} saved")
-        assert saved * 0.9 <= found.activations <= saved * 1.1, way
+        assert saved * 0.95 <= found.activations <= saved * 1.05 + spare, way
 
 
-@pytest.mark.parametrize("name", ["sd", "wan", "cogvideox", "qwen_image"])
+@pytest.mark.parametrize("name", ["sd", "wan", "cogvideox", "flux"])
 def test_tracing_without_values_is_tracing_with_them(name: str, folders: Callable[[str], Path]) -> None:
     """Peak, FLOPs and what is left, of encoding and of a training step; each against the same run on real tensors."""
     model = Model(path=folders(name))
@@ -260,6 +260,17 @@ def test_a_run_writes_estimated_beside_measured(tmp_path: Path, folders: Callabl
     found = json.loads((wanted.output / "run.json").read_text())["memory"]
     assert found["estimated"]["total"] == memory.estimate(wanted).total
     assert found["measured"]["peak"] >= found["measured"]["before"] > 0 and found["measured"]["kind"] == "resident"
+
+
+@pytest.mark.parametrize(
+    ("maker", "name"),
+    [(video.tiny_wan, "wan"), (partial(video.tiny_cogvideox, kind="5b"), "cogvideox"), (video.tiny_ltx, "ltx")],
+)
+def test_models_that_go_on_from_a_picture_are_told_it(maker: Callable[..., Path], name: str, tmp_path: Path) -> None:
+    both = [maker(tmp_path / str(image), image=image) for image in (False, True)]
+    plain, told = (memory.estimate(settings(tmp_path, path, name), pairs((32, 32, 9))) for path in both)
+    assert told.step.peak > plain.step.peak and told.family.endswith("_i2v")
+    assert ("image_encoder" in {part.name for part in told.parts}) == (name == "wan")
 
 
 def test_other_tasks_are_refused(tmp_path: Path, folders: Callable[[str], Path]) -> None:

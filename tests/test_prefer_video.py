@@ -18,7 +18,7 @@ from prefer_kit import answer, config, questions, rows_of, settings, summary_of
 from table_kit import png, put_json
 
 from mmalign import audit, labelling, prefer, routing
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.jobs_prefer import PreferConfig
 from mmalign.media import read_video
 from mmalign.report_media import inline

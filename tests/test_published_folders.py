@@ -19,7 +19,8 @@ from transformers import CLIPImageProcessor
 
 from mmalign import rounds, sample
 from mmalign.export import model_card
-from mmalign.jobs import Model, SampleConfig, TrainConfig
+from mmalign.jobs import SampleConfig, TrainConfig
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.models.checkpoint import check_folder
 from mmalign.tasks import finish

@@ -16,8 +16,9 @@ from training_kit import preferences, settings
 
 from mmalign import rounds, tables, train
 from mmalign.config import load
-from mmalign.jobs import Model, TrainConfig
+from mmalign.jobs import TrainConfig
 from mmalign.jobs_align import EvaluatorSpec, HeldOut
+from mmalign.jobs_inputs import Model
 from mmalign.jobs_prefer import PreferConfig, SampleSource
 from mmalign.tasks.sources import groups
 from mmalign.testing.tiny import tiny_sd

@@ -16,7 +16,8 @@ from diffusers import StableDiffusionPipeline
 from training_kit import PROMPTS, config, preferences
 
 from mmalign import sample, train
-from mmalign.jobs import Model, SampleConfig
+from mmalign.jobs import SampleConfig
+from mmalign.jobs_inputs import Model
 from mmalign.media import read_image
 from mmalign.media_table import read_media_table
 from mmalign.models import base

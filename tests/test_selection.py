@@ -230,3 +230,22 @@ def test_places_are_those_of_the_scene() -> None:
     for name, expected in {"x": 35 / 64, "y": 30 / 64, "radius": 11 / 32, "saturation": 0.75}.items():
         assert told[name][0].item() == pytest.approx(expected, abs=0.02)
     assert [told[name][1].item() for name in told] == [0.5, 0.5, 0.0, 0.0], "nothing is drawn"
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_flows_and_clips_go_the_same_way(tmp_path: Path, family: str) -> None:
+    from mmalign.media_table import read_media_table
+    from mmalign.testing.tiny_transformers import tiny_flux
+    from mmalign.testing.tiny_video import tiny_wan
+
+    {"flux": tiny_flux, "wan": tiny_wan}[family](tmp_path / "model")
+    size = {"model": {"path": tmp_path / "model"}, "height": 32, "width": 32, "limit": 1, "per_prompt": 2, "steps": 2}
+    clips = {"frames": 5} if family == "wan" else {}
+    other = {**HPS, "params": {"checkpoint": CLIP, "antialias": True}, "column": "filtered"}
+    robust = {"kind": "neighbourhood", "n": 2, "rewards": [HPS, other], "baseline": False}
+    diverse = {**DIVERSE, "candidates": 5, "initial": 3, "children": 1, "judge": HPS, "judge_scores": []}
+    for guidance in (robust, diverse):
+        folder = tmp_path / guidance["kind"]
+        rows = read_media_table(sample.run(_config(folder, guidance, **size, **clips)))
+        assert [row.modality for row in rows] == ["video" if clips else "image"] * 2
+        assert len({_record(folder, row.sample)["candidate"] for row in rows}) == 2 or guidance is robust

@@ -28,7 +28,7 @@ from video_kit import (
 )
 
 from mmalign.guidance.denoising import begin
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.models.video import VideoAdapter
 

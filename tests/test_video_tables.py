@@ -14,7 +14,7 @@ import torch
 from clip_kit import steady
 from table_kit import pairs, put_json
 
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.losses.pairwise import diffusion_dpo
 from mmalign.preference_row import Dropped, PreferenceRow
 from mmalign.records import MediaRef

@@ -20,7 +20,8 @@ from video_kit import FAMILIES, FRAMES, MAKERS, PROMPTS, SIDE, clip_preferences,
 
 from mmalign import train
 from mmalign.export import WITHOUT_COMFYUI, export_lora
-from mmalign.jobs import Model, TrainConfig
+from mmalign.jobs import TrainConfig
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.models.negative import guide_away
 from mmalign.tasks.finish import _check_targets

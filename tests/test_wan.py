@@ -16,8 +16,9 @@ from scipy.stats import kstest, norm
 from training_kit import config
 from wan_kit import clip_pairs, tiny_a14b, tiny_ti2v
 
-from mmalign import sample, train
-from mmalign.jobs import Model, SampleConfig
+from mmalign import memory, sample, train
+from mmalign.jobs import SampleConfig
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.noise import Process
 from mmalign.tasks.preference import PreferenceTask
@@ -135,6 +136,12 @@ def test_a_lora_of_one_part_loads_in_plain_diffusers(expert: str, a14b: Path, tm
     np.testing.assert_allclose(drawn(ours.pipeline(), 4), after, atol=1e-5)
 
 
+@pytest.mark.parametrize(("expert", "name"), [("high", "transformer"), ("low", "transformer_2")])
+def test_an_estimate_counts_the_transformer_that_is_trained(expert: str, name: str, a14b: Path, tmp_path: Path) -> None:
+    found = memory.estimate(settings(tmp_path, a14b, model__expert=expert))
+    assert [part.name for part in found.parts] == [name, "vae", "text_encoder"] and found.parts[0].trained
+
+
 def test_a_whole_part_is_exported_as_a_part(a14b: Path, tmp_path: Path) -> None:
     wanted = settings(tmp_path, a14b, model__expert="low", optim__steps=1, lora=None)
     train.run(wanted)
@@ -144,7 +151,7 @@ def test_a_whole_part_is_exported_as_a_part(a14b: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_about_two_transformers_are_named(a14b: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="set model.expert: high"):
+    with pytest.raises(ValueError, match=r"set model\.expert: high"):
         PreferenceTask(settings(tmp_path, a14b), torch.device("cpu"))
     shown = settings(tmp_path, a14b, model__expert="low", validation__prompts=["x"])
     with pytest.raises(ValueError, match=r"drop validation\.prompts"):

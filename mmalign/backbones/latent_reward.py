@@ -28,7 +28,7 @@ from mmalign.backbones.latent_trunk import cut, states
 from mmalign.backbones.reward_folder import Grades, write_told
 from mmalign.backbones.reward_heads import mlp
 from mmalign.config import Strict
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.jobs_reward import Fold, Latent
 from mmalign.models import base
 from mmalign.models.adapter import Adapter, Condition, exact

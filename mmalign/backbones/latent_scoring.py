@@ -60,25 +60,20 @@ class LatentScorer:
 
     def _one(self, clip: Tensor, prompt: str) -> Tensor:
         """Raw scores [1, axes] of one medium."""
-        adapter, wanted = self.adapter, self.facts.frames or 1
-        if adapter.modality == "image":
-            frames = clip[Uniform(FRAMES).indices(len(clip), 1.0)]
-            return torch.cat([self._encoded(frame[None], prompt) for frame in frames]).mean(0, keepdim=True)
-        if len(clip) < wanted:
-            raise ValueError(f"the reward was fitted on clips of {wanted} frames, and this has {len(clip)}")
-        return self._encoded(clip[:wanted], prompt)
-
-    def _encoded(self, clip: Tensor, prompt: str) -> Tensor:
-        adapter, side = self.adapter, self.facts.resolution
+        adapter, side, wanted = self.adapter, self.facts.resolution, self.facts.frames or 1
         height, width = clip.shape[-2:]
-        pixels = covered(clip, side).to(adapter.device)
-        if adapter.modality == "video":
-            pixels = pixels.transpose(0, 1)[None]  # [1, 3, F, H, W]
-        latents = adapter.encode_media(pixels)[:, 0]
-        sizes = torch.tensor([[float(height), float(width), 0, 0, side, side]])
-        condition = adapter.add_size(adapter.encode_prompt([prompt]), sizes)
+        if adapter.modality == "image":
+            pixels = covered(clip[Uniform(FRAMES).indices(len(clip), 1.0)], side)
+        elif len(clip) < wanted:
+            raise ValueError(f"the reward was fitted on clips of {wanted} frames, and this has {len(clip)}")
+        else:
+            pixels = covered(clip[:wanted], side).transpose(0, 1)[None]  # [1, 3, F, H, W]
+        latents = adapter.encode_media(pixels.to(adapter.device))[:, 0]
+        condition = adapter.encode_prompt([prompt])
+        condition = adapter.add_size(condition, torch.tensor([[float(height), float(width), 0, 0, side, side]]))
+        told = {name: value.expand(len(latents), *value.shape[1:]) for name, value in condition.items()}
         t = clean_time(adapter.process, latents)
-        return self.reward.scores(adapter, latents, t, condition, normalise=False)
+        return self.reward.scores(adapter, latents, t, told, normalise=False).mean(0, keepdim=True)
 
 
 def covered(clip: Tensor, side: int) -> Tensor:

@@ -95,7 +95,7 @@ def listing(kind: Kind, *, plugins: bool = True, declared: bool = False) -> list
         case Kind.guidance:
             return _guidance()
         case Kind.models:
-            from mmalign.jobs import FAMILIES
+            from mmalign.jobs_inputs import FAMILIES
 
             return _named(FAMILIES)
         case Kind.formats:

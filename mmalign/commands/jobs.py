@@ -97,11 +97,16 @@ def train(
 
 
 def sample(config: Config, overrides: Overrides = None) -> None:
-    """Generate images from a table of prompts, with a seed per sample; writes a media table beside them.
+    """Draw pictures or clips for a table of prompts, led by rewards if you like; writes a media table beside them.
+
+    Each has its own seed, whatever its batch. Run the same command again to go on after a stop. Strategies that follow
+    rewards: `mmalign list guidance`.
 
     [bold]Examples[/bold]
 
         mmalign sample configs/shapes/sample.yaml
+
+        mmalign sample configs/sample/shapes_best_of_n.yaml
 
         mmalign sample configs/shapes/sample.yaml --set model.lora=runs/shapes-dpo/export --set output=runs/aligned
     """

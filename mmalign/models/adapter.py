@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.checkpoint import index_parts, part_class, variant_in
 from mmalign.noise import Process, dynamic_shift
 from mmalign.paths import find

@@ -8,7 +8,7 @@ import torch
 from diffusers import AnimateDiffPipeline
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Condition, cast, exact
 from mmalign.models.sd import discrete
 from mmalign.models.video import VideoAdapter

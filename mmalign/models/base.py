@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Adapter
 from mmalign.models.checkpoint import check_folder, component_faults, index_parts, part_class, variant_in
 from mmalign.paths import find

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Adapter, Condition, cast
 from mmalign.models.packing import PATCH, pack, positions, unpack
 from mmalign.noise import Process

@@ -10,7 +10,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Condition, cast
 from mmalign.models.video import VideoAdapter
 from mmalign.noise import Process

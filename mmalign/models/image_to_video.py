@@ -10,7 +10,7 @@ from diffusers import CogVideoXImageToVideoPipeline, LTXImageToVideoPipeline, Wa
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Condition, exact
 from mmalign.models.cogvideox import CogVideoX
 from mmalign.models.ltx import LTXVideo

@@ -11,7 +11,7 @@ import torch
 from diffusers import LTXPipeline
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Condition, cast
 from mmalign.models.video import VideoAdapter
 from mmalign.noise import Process, generator

@@ -9,7 +9,7 @@ from diffusers import PixArtSigmaPipeline
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Adapter, Condition, cast
 from mmalign.models.sd import discrete
 

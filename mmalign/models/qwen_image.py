@@ -9,7 +9,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Adapter, Condition, cast, exact
 from mmalign.models.packing import PATCH, pack, unpack
 from mmalign.noise import Process

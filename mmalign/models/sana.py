@@ -9,7 +9,7 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Adapter, Condition, cast, exact
 from mmalign.noise import Process
 

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Adapter, Condition, cast
 from mmalign.noise import Parameterisation, Process
 

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.models.adapter import Adapter, load_part
 from mmalign.models.checkpoint import index_parts, part_class
@@ -20,7 +20,7 @@ from mmalign.models.checkpoint import index_parts, part_class
 def skeleton(config: Model, *, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None) -> Adapter:
     """`base.load` without weights: the adapter, its parameters on the meta device in the dtypes that loading gives.
 
-    A LoRA of the config is left out, and what training does not load. `tracing.without_values` makes the parts computable.
+    A LoRA of the config is left out, and what training does not load. `tracing.without_values` makes parts computable.
 
     Raises:
         ValueError: see `base.check`.

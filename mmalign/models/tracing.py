@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ class Traced(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes() if made else 0
-        self._known[key] = weakref.ref(storage, lambda _, key=key: self._forget(key)), size
+        self._known[key] = weakref.ref(storage, partial(self._forget, key)), size
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, reference: object) -> None:
         self.live -= self._known.pop(key)[1]
 
 
@@ -79,7 +80,8 @@ def without_values(module: nn.Module, mode: FakeTensorMode, device: torch.device
 
     with mode:
         for part in module.modules():
-            for named in (part._parameters, part._buffers):
+            tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+            for named in tables:
                 named.update({name: fake(tensor) for name, tensor in named.items() if tensor is not None})
     return module
 

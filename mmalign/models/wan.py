@@ -1,7 +1,7 @@
 """Wan 2.x text-to-video (2503.20314): a flow transformer over space and time, a causal 3D autoencoder, UMT5.
 
-Wan 2.2 A14B has two transformers: `transformer` where t >= boundary_ratio, the high noise, `transformer_2` below. One is
-trained at a time, on times of its own part; sampling takes both.
+Wan 2.2 A14B has two transformers: `transformer` where t >= boundary_ratio, the high noise, `transformer_2` below. One
+is trained at a time, on times of its own part; sampling takes both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
-from mmalign.jobs import Model
+from mmalign.jobs_inputs import Model
 from mmalign.models.adapter import Condition, cast
 from mmalign.models.checkpoint import index_parts
 from mmalign.models.video import VideoAdapter, channel_statistics

@@ -81,23 +81,14 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Saves the VAE with white latents (see `whiten`), or, without quant_conv, with latents of unit variance.
-
-        A Wan autoencoder has mean and deviation of each channel in its config.
-        """
+        """Saves the VAE with white latents (see `whiten`), or, without quant_conv, with latents of unit variance."""
         self.vae.eval()
         posteriors = [
             self.vae.encode(self.load([(i, 0)])["pixels"].to(self.adapter.device)).latent_dist
             for i in range(min(256, self.size))
         ]
         mean, var = torch.cat([p.mean for p in posteriors]), torch.cat([p.var for p in posteriors])
-        if isinstance(self.vae, AutoencoderKLWan):
-            rows = mean.movedim(1, -1).flatten(0, -2)
-            self.vae.register_to_config(
-                latents_mean=[round(value, 5) for value in rows.mean(0).tolist()],
-                latents_std=[round(value, 5) for value in rows.std(0).tolist()],
-            )
-        elif self.vae.quant_conv is None:
+        if self.vae.quant_conv is None:
             self.vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
         else:
             whiten(self.vae, mean, var)
@@ -125,12 +116,13 @@ def whiten(vae: Any, mean: Tensor, var: Tensor) -> None:
     Reconstructions from posterior means do not change.
 
     Args:
-        vae: AutoencoderKL with quant_conv and post_quant_conv (as Stable Diffusion's); scaling_factor becomes 1.
-        mean, var: of the posteriors of some pictures, [N, C, h, w].
+        vae: AutoencoderKL with quant_conv and post_quant_conv (as Stable Diffusion's); scaling_factor becomes 1. Or
+            AutoencoderKLWan; latents_mean becomes 0 and latents_std 1.
+        mean, var: of the posteriors of some pictures, [N, C, h, w], or clips, [N, C, T, h, w].
     """
     channels = mean.shape[1]
     rows = mean.double().movedim(1, -1).reshape(-1, channels)
-    noise = var.double().mean((0, 2, 3))
+    noise = var.double().mean((0, *range(2, var.ndim)))
     centre = rows.mean(0)
     values, axes = torch.linalg.eigh((rows - centre).T @ (rows - centre) / len(rows) + noise.diag())
     forward = axes @ (values.clamp_min(1e-6) ** -0.5).diag() @ axes.T
@@ -138,13 +130,16 @@ def whiten(vae: Any, mean: Tensor, var: Tensor) -> None:
     forward = signal[:, None] * forward
     back = torch.linalg.inv(forward)
     encode, decode = vae.quant_conv, vae.post_quant_conv
-    weight, bias = encode.weight.double()[..., 0, 0], encode.bias.double()
+    weight, bias = encode.weight.double().flatten(1), encode.bias.double()
     new_weight, new_bias = torch.zeros_like(weight), torch.empty_like(bias)
     new_weight[:channels], new_bias[:channels] = forward @ weight[:channels], forward @ (bias[:channels] - centre)
     new_bias[channels:] = -30  # the least that DiagonalGaussianDistribution takes for a logarithm of a variance
-    encode.weight.copy_(new_weight[..., None, None])
+    encode.weight.copy_(new_weight.reshape(encode.weight.shape))
     encode.bias.copy_(new_bias)
-    weight = decode.weight.double()[..., 0, 0]
+    weight = decode.weight.double().flatten(1)
     decode.bias.copy_(decode.bias.double() + weight @ centre)
-    decode.weight.copy_((weight @ back)[..., None, None])
-    vae.register_to_config(scaling_factor=1.0)
+    decode.weight.copy_((weight @ back).reshape(decode.weight.shape))
+    if isinstance(vae, AutoencoderKLWan):
+        vae.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
+    else:
+        vae.register_to_config(scaling_factor=1.0)

@@ -18,7 +18,7 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.media import image_size
 from mmalign.progress import track
 from mmalign.tasks.inputs import Size as AnySize

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
 
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.media import ClipFacts, MediaError, clip_facts
 from mmalign.preference_row import Dropped, PreferenceRow, Resampled
 from mmalign.progress import track

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.jobs import Model, TrainConfig
+from mmalign.jobs import TrainConfig
+from mmalign.jobs_inputs import Model
 from mmalign.losses import guards
 from mmalign.losses.errors import beta_units, implicit_reward, squared_error
 from mmalign.methods import Preference, WithBeta

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmalign import judgements, tables
-from mmalign.jobs import Data
+from mmalign.jobs_inputs import Data
 from mmalign.judgements import Group
 from mmalign.paths import find
 from mmalign.preference_row import PreferenceRow
