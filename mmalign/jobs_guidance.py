@@ -104,7 +104,7 @@ class Particles(Strategy):
     potential: Literal["difference", "max", "sum"] = Field(
         "max", description="fk: of the reward now and before, of the highest so far, of the sum so far"
     )
-    gamma: PositiveFloat = Field(0.1, description="smc: temperatures are (1 + gamma)^k - 1 after k steps, at most 1")
+    gamma: PositiveFloat = Field(0.1, description="smc: the temperature is (1 + gamma)^k - 1 after k steps, at most 1")
     gradient: bool = Field(
         False, description="smc: steps are pushed up the reward's gradient, and weights take it into account"
     )
@@ -123,6 +123,12 @@ class Particles(Strategy):
             raise ValueError("guidance.gradient belongs to method: smc; use it, or drop gradient")
         if self.start > self.stop:
             raise ValueError(f"guidance.start ({self.start}) must not be after guidance.stop ({self.stop})")
+        if 0 < self.threshold * self.n <= 1:
+            raise ValueError(
+                f"guidance.threshold {self.threshold:g} of {self.n} particles is {self.threshold * self.n:g}, and the "
+                "effective sample size is never below 1, so nothing would be resampled; raise threshold or n, or say "
+                "threshold: 0"
+            )
         return self
 
 
@@ -135,7 +141,7 @@ class NoiseOptimisation(Strategy):
     lower: ClassVar[str | None] = "lr"
     kind: Literal["noise"] = "noise"
     method: Literal["reno", "doodl"] = Field(
-        "reno", description="reno: pulled to the length that noise has; doodl: put back to it, and the gradient scaled"
+        "reno", description="reno: pulled to the length that noise has; doodl: put back to the length that it had"
     )
     iterations: PositiveInt = Field(20, description="of ascent, each a whole trajectory forth and back")
     lr: PositiveFloat = Field(5.0, description="5 in ReNO's code for one-step models")

@@ -165,7 +165,8 @@ def test_particles_that_cannot_be_scored_are_not_continued() -> None:
 
 def test_temperatures_rise_to_one() -> None:
     found = clouds.temperatures(10, 0.1)
-    np.testing.assert_allclose(found[:3], [0.1, 0.21, 0.331], atol=1e-12)
+    np.testing.assert_allclose(found[:4], [0.0, 0.1, 0.21, 0.331], atol=1e-12)
+    assert len(found) == 11 and clouds.temperatures(3, 0.01)[-2:] == [pytest.approx(0.0201), 1.0]
     assert found == sorted(found) and found[-1] == 1.0 and max(clouds.temperatures(50, 0.1)) == 1.0
 
 
@@ -230,6 +231,34 @@ def test_gradients_push_all_particles_up(model: Any) -> None:
     assert np.mean([r["rewards"] for r in pushed.records]) > np.mean([r["rewards"] for r in left.records])
 
 
+def test_weighed_and_pushed_at_the_temperatures_of_the_paper(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At step k weighed at (1 + gamma)^k - 1; the step from there is pushed at that of k + 1 (DAS, equations 8, 14)."""
+    weighed: list[float] = []
+    pushes: list[Tensor] = []
+    tempered, correction = clouds.tempered, clouds.correction
+
+    def heard(cloud: Cloud, reward: Tensor, strength: float, temperature: float) -> Tensor:
+        weighed.append(temperature)
+        return tempered(cloud, reward, strength, temperature)
+
+    def pushed(moved: Tensor, mean: Tensor, std: Tensor, push: Tensor) -> Tensor:
+        pushes.append(push)
+        return correction(moved, mean, std, push)
+
+    monkeypatch.setattr(clouds, "tempered", heard)
+    monkeypatch.setattr(clouds, "correction", pushed)
+    found = []
+    for gamma in (0.1, 0.2):  # the first step's push grows with gamma, that of step 1; nothing else has changed by then
+        wanted = settings(method="smc", gradient=True, strength=1e-3, gamma=gamma, threshold=0.0)
+        pushes.clear()
+        _, denoising = run(model, wanted)
+        found.append(pushes[0].clone())
+    steps = denoising.steps
+    np.testing.assert_allclose(weighed[-steps:], [*(1.2**k - 1 for k in range(1, steps)), 1.0])
+    torch.testing.assert_close(found[1] * 0.1, found[0] * 0.2)
+    assert found[0].abs().max() > 0
+
+
 def test_when_it_looks() -> None:
     assert looks(10, 2, 0.2, 0.8) == {2, 4, 6, 8}
     assert looks(10, 1, 0.0, 1.0) == set(range(1, 10))
@@ -241,3 +270,6 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         settings(gradient=True)
     with pytest.raises(ValueError, match=r"start \(0\.9\) must not be after"):
         settings(start=0.9, stop=0.5)
+    with pytest.raises(ValueError, match=r"threshold 0\.5 of 2 particles is 1, .* never below 1"):
+        settings(n=2)
+    assert settings(n=2, threshold=0.6).n == 2 and settings(n=2, threshold=0.0).threshold == 0

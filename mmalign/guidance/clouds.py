@@ -142,5 +142,9 @@ def resampled(cloud: Cloud, uniform: Tensor, threshold: float) -> tuple[Cloud, T
 
 
 def temperatures(steps: int, gamma: float) -> list[float]:
-    """DAS's schedule: min(1, (1 + gamma)^k - 1) after k of the steps, and 1 after the last (2501.05803, section 4)."""
-    return [1.0 if k == steps else min(1.0, (1 + gamma) ** k - 1) for k in range(1, steps + 1)]
+    """DAS's schedule [steps + 1]: min(1, (1 + gamma)^k - 1) after k of the steps, 0 before and 1 after the last.
+
+    Particles at step k are weighed at temperature k, and the step from there is pushed at temperature k + 1, that of
+    where it leads (2501.05803, section 4).
+    """
+    return [1.0 if k == steps else min(1.0, (1 + gamma) ** k - 1) for k in range(steps + 1)]

@@ -21,10 +21,11 @@ def length_likelihood(noise: Tensor) -> Tensor:
     return (flat.shape[1] - 1) * length.clamp(min=1e-12).log() - length.square() / 2
 
 
-def to_sphere(noise: Tensor) -> Tensor:
-    """The noise put back to the length that D independent unit Gaussians have, sqrt(D) (DOODL, 2303.13703)."""
+def to_sphere(noise: Tensor, first: Tensor) -> Tensor:
+    """Each row of the noise [n, ...] put back to the length that it had at first (DOODL, 2303.13703)."""
     flat = noise.flatten(1)
-    return (flat * (flat.shape[1] ** 0.5 / flat.norm(dim=1, keepdim=True).clamp(min=1e-12))).reshape(noise.shape)
+    length = first.flatten(1).norm(dim=1, keepdim=True)
+    return (flat * (length / flat.norm(dim=1, keepdim=True).clamp(min=1e-12))).reshape(noise.shape)
 
 
 def clipped(gradient: Tensor, limit: float) -> Tensor:
@@ -56,7 +57,7 @@ def noise_ascent(denoising: Denoising, rewards: Rewards, settings: NoiseOptimisa
             step = clipped(gradient, settings.max_grad_norm)
             velocity = settings.momentum * velocity + step
             noise = noise + settings.lr * (step + settings.momentum * velocity)
-            noise = denoising.checked(to_sphere(noise) if settings.method == "doodl" else noise, 0)
+            noise = denoising.checked(to_sphere(noise, first) if settings.method == "doodl" else noise, 0)
     moved = (noise - first).flatten(1).square().mean(1).sqrt().tolist()
     return Outcome(
         kept,

@@ -48,7 +48,7 @@ def particles(denoising: Denoising, rewards: Rewards, settings: Particles, bar: 
         with torch.no_grad():
             latents, mean, std = denoising.stochastic_step(latents, prediction, i, generators, settings.eta)
             if gradient is not None:
-                push = std.square() * heat[i] * settings.strength * gradient
+                push = std.square() * heat[i + 1] * settings.strength * gradient
                 latents = denoising.checked(latents + push, i)
                 shift = clouds.correction(latents, mean, std, push).reshape(count, n)
                 cloud = replace(cloud, log_weights=cloud.log_weights + shift)
