@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from clip_kit import numbered, numbers, steady, timed
+from film_kit import numbered, numbers, steady, timed
 from hostile_clip_kit import GONE
 from media_kit import encode, moving
 from table_kit import png, put_json

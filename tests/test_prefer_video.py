@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clip_kit import numbered, numbers, timed
+from film_kit import numbered, numbers, timed
 from media_kit import encode, moving
 from prefer_kit import answer, config, questions, rows_of, settings, summary_of
 from table_kit import png, put_json

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clip_kit import numbered, numbers, steady, timed
+from film_kit import numbered, numbers, steady, timed
 from media_kit import encode, moving
 from test_video import turned
 

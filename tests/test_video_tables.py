@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_kit import steady
+from film_kit import steady
 from table_kit import pairs, put_json
 
 from mmalign.jobs_inputs import Data
