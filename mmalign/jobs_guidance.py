@@ -30,7 +30,18 @@ class Strategy(Strict):
     gradients: ClassVar[bool] = False
     any_reward: ClassVar[bool] = True  # whether it takes every evaluator
     lower: ClassVar[str | None] = None
+    checks: ClassVar[str | None] = None  # "module:function" that looks at these settings before weights are loaded
     sets: ClassVar[bool] = False  # whether all pictures of a prompt are chosen together, as a batch of their own
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether these settings follow the rewards' gradients."""
+        return self.gradients
+
+    @property
+    def judges(self) -> dict[str, EvaluatorSpec]:
+        """Evaluators that are neither rewards nor held out, by the key that names them."""
+        return {}
 
     rewards: tuple[RewardSpec, ...] = Field(
         min_length=1, description="evaluators with weights; what is maximised is the weighted sum of their scores"
@@ -117,6 +128,10 @@ class Particles(Strategy):
     eta: float = Field(1.0, gt=0, le=1, description="noise of the steps: 1 is ancestral sampling, 0 would be DDIM")
     choose: Literal["best", "draw"] = Field("best", description="which is kept: the best, or one drawn by weight")
 
+    @property
+    def needs_gradients(self) -> bool:
+        return self.gradient
+
     @model_validator(mode="after")
     def _pushed(self) -> Particles:
         if self.gradient and self.method != "smc":
@@ -184,6 +199,7 @@ class Diversity(Strategy):
     """Evolve a set that covers learned axes of similarity, each picture the best of its cell (QDHF, 2310.12103)."""
 
     function: ClassVar[str] = "mmalign.guidance.quality_diversity:quality_diversity"
+    checks: ClassVar[str | None] = "mmalign.guidance.quality_diversity:check"
     sets: ClassVar[bool] = True
     kind: Literal["diversity"] = "diversity"
     candidates: PositiveInt = Field(64, description="pictures drawn for each prompt; its `per_prompt` ones are the set")
@@ -201,6 +217,10 @@ class Diversity(Strategy):
     judge_scores: tuple[str, ...] = Field((), description="which of its scores; default: all")
     triplets: PositiveInt = Field(200, description="how many an evaluator judges, of the pictures at random")
     floor: float = Field(0.0, description="the lowest reward there can be, for the QD score")
+
+    @property
+    def judges(self) -> dict[str, EvaluatorSpec]:
+        return {"judge": self.judge} if self.judge else {}
 
     @model_validator(mode="after")
     def _judged(self) -> Diversity:

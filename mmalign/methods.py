@@ -51,6 +51,10 @@ class Preference(Objective):
         "mean", description="how a sample's squared error is reduced; beta is not portable between the two"
     )
 
+    def beta_for(self, beta: float, elements: int) -> float:
+        """beta for latents of so many numbers: the same, where nothing says that it depends on them."""
+        return beta
+
     def refuses(self) -> dict[str, str]:
         """The guards that have no meaning with these settings: name -> why."""
         return {"auto_beta": NO_BETA, "drop_saturated": OTHER_LOGIT if self.items == "pairs" else NO_PAIRS}
@@ -79,7 +83,7 @@ class WithBeta(Preference):
         return self
 
     def beta_for(self, beta: float, elements: int) -> float:
-        """beta for latents of so many numbers."""
+        """beta scaled from `beta_elements` to latents of so many numbers."""
         return beta * elements / self.beta_elements if self.beta_elements else beta
 
     def refuses(self) -> dict[str, str]:

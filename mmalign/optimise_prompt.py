@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mmalign import sample
 from mmalign.backbones.clip_scoring import load_clip_backbone
-from mmalign.config import dump
 from mmalign.evaluation import Backbones
 from mmalign.guidance import prompts as bandits
 from mmalign.guidance.features import clip_files
@@ -36,7 +35,7 @@ from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import MediaRef
 from mmalign.routing import answers_in, question_page
-from mmalign.runs import pick_device, versions
+from mmalign.runs import begin_folder, pick_device, refuse_other
 from mmalign.source import whole_file
 
 TO_COMPARE = "to_compare"
@@ -80,7 +79,7 @@ def run(config: PromptsConfig, answers: Sequence[Path] = ()) -> Path:
     adapter = sample.load(_sampling(config), device)
     embeddings = bandits.standardised(embedded(config, candidates, adapter))
     with alone_in(config.output, "mmalign optimise-prompt"):
-        _begin(config, identity)
+        begin_folder(config.output, config, identity)
         done = read(config.output)
         rewards = _rewards(config.judge, adapter) if isinstance(config.judge, EvaluatorJudge) else None
         with Progress("comparing", config.comparisons, len(done)) as bar:
@@ -309,21 +308,8 @@ def _check_same(config: PromptsConfig, candidates: Sequence[bandits.Candidate]) 
             {"subscore": spec.subscore, "weight": spec.weight, "params": job.params_text, "weights": job.weight_hash}
             for spec, job in zip(config.judge.rewards, fitting(config.judge.rewards, "judge.rewards"), strict=True)
         ]
-    path = config.output / "run.json"
-    before = json.loads(path.read_text())["config"] if path.is_file() else now
-    changed = sorted(key for key in now if now[key] != before.get(key))
-    if changed:
-        raise ValueError(
-            f"{config.output} holds comparisons made with other values of: {', '.join(changed)}. "
-            "Choose another folder with --set output=..., or remove this one."
-        )
+    refuse_other(config.output, now, "comparisons")
     return now
-
-
-def _begin(config: PromptsConfig, identity: dict[str, Any]) -> None:
-    (config.output / "images").mkdir(parents=True, exist_ok=True)
-    (config.output / "config.yaml").write_text(dump(config))
-    (config.output / "run.json").write_text(json.dumps({"config": identity, "versions": versions()}, indent=2))
 
 
 def _finish(

@@ -245,3 +245,22 @@ class CatchInterrupt:
     def __exit__(self, *details: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+
+
+def begin_folder(folder: Path, config: Any, identity: dict[str, Any], media: str = "images") -> None:
+    """Makes the folder of what is drawn, with config.yaml and run.json; once nothing can be mistyped any more."""
+    (folder / media).mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump(config))
+    (folder / "run.json").write_text(json.dumps({"config": identity, "versions": versions()}, indent=2))
+
+
+def refuse_other(folder: Path, identity: dict[str, Any], what: str) -> None:
+    """ValueError, with the keys, for a folder that holds what another config made, as `begin_folder` wrote it down."""
+    path = folder / "run.json"
+    before = json.loads(path.read_text())["config"] if path.is_file() else identity
+    changed = sorted(key for key in identity if identity[key] != before.get(key))
+    if changed:
+        raise ValueError(
+            f"{folder} holds {what} made with other values of: {', '.join(changed)}. "
+            "Choose another folder with --set output=..., or remove this one."
+        )

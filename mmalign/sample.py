@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from mmalign import provenance, report_sheet
-from mmalign.config import dump
 from mmalign.guidance import sampling as guided
 from mmalign.guidance.summary import lines, summarise
 from mmalign.jobs import SampleConfig
@@ -29,7 +28,7 @@ from mmalign.models.video import VideoAdapter
 from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import Record, missing_columns, read_records
-from mmalign.runs import pick_device, versions
+from mmalign.runs import begin_folder, pick_device, refuse_other
 from mmalign.tasks.inputs import View, cut
 from mmalign.weights import files_hash
 
@@ -149,7 +148,7 @@ def run(config: SampleConfig) -> Path:
     missing = guided.with_sets(wanted, missing, config.guidance)
     adapter = load(config, device) if missing else None
     with alone_in(folder, "mmalign sample"):
-        _begin(config, identity, clips)
+        begin_folder(folder, config, identity, "videos" if clips else "images")
         if adapter is not None:
             told = _teller(config, identity, adapter)
             with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
@@ -338,12 +337,11 @@ def _check_sides(config: SampleConfig, multiple: int) -> None:
 
 
 def _check_same(config: SampleConfig, images: list[Path]) -> dict[str, Any]:
-    """What decides the pictures, for `_begin`. ValueError for a folder that another config filled.
+    """What decides the pictures, for `begin_folder`. ValueError for a folder that another config filled.
 
     Files count by content, not by path.
     """
-    folder, ignored = config.output, {"batch_size", "device", "output", "limit", "provenance"}
-    path = folder / "run.json"
+    ignored = {"batch_size", "device", "output", "limit", "provenance"}
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
     now["prompts"] = hashlib.sha256(json.dumps(read_prompts(find(config.prompts))).encode()).hexdigest()
     told = config.model.model_dump(include={"max_sequence_length", "guidance", "expert"}, exclude_none=True)
@@ -352,19 +350,5 @@ def _check_same(config: SampleConfig, images: list[Path]) -> dict[str, Any]:
         now["images"] = [files_hash([image]) for image in dict.fromkeys(images)]
     now["guidance"] = guided.identity(config.guidance) if config.guidance else None
     now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch), **told}
-    if path.is_file():
-        before = json.loads(path.read_text())["config"]
-        changed = sorted(key for key in now if now[key] != before.get(key))
-        if changed:
-            raise ValueError(
-                f"{folder} holds pictures made with other values of: {', '.join(changed)}. "
-                "Choose another folder with --set output=..., or remove this one."
-            )
+    refuse_other(config.output, now, "pictures")
     return now
-
-
-def _begin(config: SampleConfig, identity: dict[str, Any], clips: bool) -> None:
-    """Makes the folder, with config.yaml and run.json; after the model has loaded, so that a mistake leaves nothing."""
-    (config.output / ("videos" if clips else "images")).mkdir(parents=True, exist_ok=True)
-    (config.output / "config.yaml").write_text(dump(config))
-    (config.output / "run.json").write_text(json.dumps({"config": identity, "versions": versions()}, indent=2))

@@ -276,7 +276,7 @@ def begin(
     embedded, scale = adapter.guiding(sampling.guidance_scale, bool(negative_prompt))
     own = adapter.default_size()
     height, width = sampling.height or own[0], sampling.width or own[1]
-    shape = adapter.latent_shape(height, width, sampling.frames or getattr(adapter, "frames", 1))
+    shape = adapter.latent_shape(height, width, sampling.frames or adapter.frames)
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(len(prompts), -1)
     away = [negative_prompt] * len(prompts)
     return Denoising(

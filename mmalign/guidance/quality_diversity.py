@@ -29,6 +29,11 @@ from mmalign.weights import files_hash
 COLUMNS = ("anchor", "a", "b", "answer")
 
 
+def check(settings: Diversity) -> None:
+    """ValueError where there is no CLIP, before anything is loaded."""
+    clip_files(settings.clip, settings.clip_model, "guidance.clip")
+
+
 def quality_diversity(denoising: Denoising, rewards: Rewards, settings: Diversity, bar: Bar) -> Outcome:
     """Evolves one prompt's candidates and keeps as many as there are requests; all requests are of one prompt.
 

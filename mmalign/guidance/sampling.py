@@ -18,10 +18,9 @@ from torch import Tensor
 
 from mmalign.evaluation import Backbones
 from mmalign.guidance.denoising import Bar, Denoising, Outcome, begin
-from mmalign.guidance.features import clip_files
 from mmalign.guidance.rewards import Rewards, fitting, load_scorers, name_of, refuse_without_gradient
 from mmalign.jobs import SampleConfig
-from mmalign.jobs_guidance import Diversity, Strategy
+from mmalign.jobs_guidance import Strategy
 from mmalign.models.adapter import Adapter
 from mmalign.paths import find
 from mmalign.pixel_scores import PixelScorer
@@ -53,15 +52,22 @@ def check(settings: Strategy) -> None:
     """
     jobs = fitting(settings.rewards, "guidance.rewards")
     fitting(settings.held_out, "guidance.held_out")
-    if isinstance(settings, Diversity):
-        clip_files(settings.clip, settings.clip_model, "guidance.clip")
-        fitting([settings.judge] if settings.judge else [], "guidance.judge")
-    if settings.gradients or getattr(settings, "gradient", False):  # of particles it is an option
+    for key, judge in settings.judges.items():
+        fitting([judge], f"guidance.{key}")
+    if settings.checks:
+        _named(settings.checks)(settings)
+    if settings.needs_gradients:
         refuse_without_gradient([(spec, job.cls) for spec, job in zip(settings.rewards, jobs, strict=True)])
     names = [name_of(spec, job.label) for spec, job in zip(settings.rewards, jobs, strict=True)]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"guidance.rewards: two are called {twice[0]!r}; give each a column of its own")
+
+
+def _named(place: str) -> Any:
+    """The function that "module:function" names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def identity(settings: Strategy) -> Record:
@@ -77,8 +83,8 @@ def identity(settings: Strategy) -> Record:
             {**spec.model_dump(exclude={"params"}, mode="json"), **_evaluator(job)}
             for spec, job in zip(specs, fitting(specs, f"guidance.{key}"), strict=True)
         ]
-    if isinstance(settings, Diversity) and settings.judge:
-        told["judge"] = _evaluator(fitting([settings.judge], "guidance.judge")[0])
+    for key, judge in settings.judges.items():
+        told[key] = _evaluator(fitting([judge], f"guidance.{key}")[0])
     return told
 
 
@@ -111,8 +117,7 @@ def run(
         ValueError: latents or pixels that are not finite, or whatever the rewards find wrong.
     """
     settings: Any = config.guidance
-    module, _, name = settings.function.partition(":")
-    strategy = getattr(importlib.import_module(module), name)
+    strategy = _named(settings.function)
     rewards, held_out = _judges(adapter, config)
     start = 0
     for part in batches(wanted, settings, config.batch_size):
@@ -160,7 +165,7 @@ def _judges(adapter: Adapter, config: SampleConfig) -> tuple[Rewards, list[Pixel
     jobs = [fitting(settings.rewards, "guidance.rewards"), fitting(settings.held_out, "guidance.held_out")]
     scorers = load_scorers(
         [*jobs[0], *jobs[1]], adapter.modality, adapter.device, dtype="float32",
-        backbones=Backbones(), frames=settings.reward_frames, fps=config.fps or getattr(adapter, "fps", None),
+        backbones=Backbones(), frames=settings.reward_frames, fps=adapter.fps,
     )  # fmt: skip
     count = len(jobs[0])
     unique = {scorer.label: scorer for scorer in scorers[count:]}

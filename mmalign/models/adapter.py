@@ -36,6 +36,8 @@ class Adapter(ABC):
     family: str
     pipeline_class: Any
     modality: Literal["image", "video"] = "image"  # what the pipeline draws; latents of clips have an axis of frames
+    fps: float | None = None  # at which the family's clips play, as it was trained, or as a job says
+    frames: int = 1  # of a clip that the pipeline draws by default
     of_image: bool = False  # whether clips go on from a picture: the denoiser is told the first frame
     denoiser_name: str = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)

@@ -41,11 +41,6 @@ class AnimateDiff(VideoAdapter):
         return 1
 
     @property
-    def vae_factor(self) -> int:
-        factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return factor
-
-    @property
     def longest(self) -> int:
         """Frames for which the motion modules have positions."""
         lengths: Any = self.denoiser.config.motion_max_seq_length

@@ -65,11 +65,6 @@ class CogVideoX(VideoAdapter):
         return int(self.vae.config.temporal_compression_ratio)
 
     @property
-    def vae_factor(self) -> int:
-        factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return factor
-
-    @property
     def patch_frames(self) -> int:
         return int(self.denoiser.config.patch_size_t or 1)
 

@@ -29,10 +29,6 @@ class VideoAdapter(Adapter):
         return int(self.vae.config.scale_factor_temporal)
 
     @property
-    def vae_factor(self) -> int:
-        return int(self.vae.config.scale_factor_spatial)
-
-    @property
     def patch(self) -> int:
         """How many latents a side of one of the denoiser's tokens covers."""
         patch: Any = self.denoiser.config.get("patch_size") or 1

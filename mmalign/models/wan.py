@@ -68,6 +68,10 @@ class Wan(VideoAdapter):
         # Not a product, which would turn what is not finite behind the end into more of it.
         return {"encoder_hidden_states": states.masked_fill(tokens.attention_mask[..., None] == 0, 0.0)}
 
+    @property
+    def vae_factor(self) -> int:
+        return int(self.vae.config.scale_factor_spatial)
+
     def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         centre, spread = channel_statistics(self.vae.config, mean)
         return (mean - centre) / spread, std / spread

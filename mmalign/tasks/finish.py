@@ -46,8 +46,6 @@ def load(config: TrainConfig, device: torch.device) -> Any:
     drawing = {"validation.prompts": config.validation.prompts, "guards.early_stopping": config.guards.early_stopping}
     for name in (name for name, wanted in drawing.items() if wanted and adapter.of_image):
         raise ValueError(f"{name}: {adapter.family} draws from pictures, and there are none for prompts; drop it")
-    if config.log.memory and adapter.of_image:
-        raise ValueError(f"log.memory: a step of {adapter.family} is not estimated; drop it")
     return adapter
 
 
@@ -142,7 +140,7 @@ def validate(adapter: Any, config: TrainConfig, folder: Path, step: int) -> None
     grid = np.concatenate(rows, axis=-3)
     if adapter.modality == "video":
         frames = torch.from_numpy(grid).permute(0, 3, 1, 2)
-        write_video(folder / f"step-{step:06d}.mp4", frames, config.data.fps or adapter.fps)
+        write_video(folder / f"step-{step:06d}.mp4", frames, adapter.fps)
     else:
         write_image(folder / f"step-{step:06d}.png", grid)
 

@@ -19,7 +19,6 @@ from mmalign.tables import Captioned
 Item = TypeVar("Item", PreferenceRow, Captioned)
 
 
-@cache
 def facts(medium: Any, fps: float | None) -> tuple[tuple[int, int], int]:
     """Height and width of a clip, and how many frames it has at `fps`. MediaError for one that cannot be read."""
     if hasattr(medium, "clip"):

@@ -21,7 +21,7 @@ from mmalign.jobs import TrainConfig
 from mmalign.jobs_inputs import Model
 from mmalign.losses import guards
 from mmalign.losses.errors import beta_units, implicit_reward, squared_error
-from mmalign.methods import Preference, WithBeta
+from mmalign.methods import Preference
 from mmalign.models import base
 from mmalign.models.adapter import Condition, lent_to
 from mmalign.models.shared_text import once_per_prompt
@@ -123,7 +123,8 @@ class PreferenceTask:
     def _units(self, size: Size) -> dict[str, Any]:
         """Numbers of a picture's (or clip's) latents, and beta per element and per sample for as many."""
         elements = int(torch.tensor(self.adapter.latent_shape(*size)).prod())
-        units = beta_units(self._beta_at(elements), elements, self.objective.reduction) if self.beta else {}
+        beta = self.objective.beta_for(self.beta, elements)
+        units = beta_units(beta, elements, self.objective.reduction) if beta else {}
         return {"latent_elements": elements, **units}
 
     @property
@@ -135,10 +136,6 @@ class PreferenceTask:
         if automatic is None or size is None:
             return own
         return guards.beta_for(automatic.target, size, automatic.low * own, automatic.high * own)
-
-    def _beta_at(self, elements: int) -> float:
-        """beta for latents of so many numbers, where `loss.beta_elements` scales it; else beta."""
-        return self.objective.beta_for(self.beta, elements) if isinstance(self.objective, WithBeta) else self.beta
 
     # -------------------------------------------------------------------------------------------------- batches
 
@@ -218,7 +215,7 @@ class PreferenceTask:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The pure function, with what it needs, on errors [B] for singles and [B, k] else."""
         settings = self.objective.own()
-        beta = self._beta_at(int(given["elements"]))
+        beta = self.objective.beta_for(self.beta, int(given["elements"]))
         if "beta" in settings:
             settings["beta"] = beta
         needed = {name: torch.as_tensor(given[name]).to(model.device) for name in self.objective.needs}
