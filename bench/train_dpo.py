@@ -145,14 +145,15 @@ class Ours:
         self.loop.step = self.loop.config.optim.steps - steps
         self.loop.fit()
 
-    @torch.no_grad()
-    def fill(self) -> None:
-        """Everything that can be cached, for every pair."""
-        self.task.reference = "cached"
-        for step in range(self.loop.config.optim.steps):
-            batch = self.task.load(self.loop.positions(step, 0))
-            with self.loop.accelerator.autocast():
-                self.task._reference_errors(batch, *self.task._inputs(batch))
+
+@torch.no_grad()
+def fill(task: Any, loop: Any) -> None:
+    """Everything that can be cached, for every pair of a loop's steps."""
+    task.reference = "cached"
+    for step in range(loop.config.optim.steps):
+        batch = task.load(loop.positions(step, 0))
+        with loop.accelerator.autocast():
+            task._reference_errors(batch, *task._inputs(batch))
 
 
 def verify(ours: Ours, recipe: Recipe, resolution: int, limit: float) -> dict[str, float]:
@@ -238,7 +239,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     run: dict[str, Callable[[int], None]] = {"recipe": recipe.block}
     run |= {state: lambda steps, state=state: ours.block(state, steps) for state in STATES}
     work = {way: work_per_pair(run[way], ours.pipe, options.batch_size) for way in ("recipe", "cold")}
-    filling = clock(ours.fill, device) / options.pairs
+    filling = clock(lambda: fill(ours.task, ours.loop), device) / options.pairs
     work |= {way: work_per_pair(run[way], ours.pipe, options.batch_size) for way in ("latents", "errors")}
     blocks: dict[str, list[tuple[float, int | None]]] = {way: [] for way in WAYS}
     for _ in range(options.rounds):

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from machine import clock, free_memory, machine, peak_of
+from train_dpo import fill
 from video_models import SIZES, TEXT_TOKENS, write
 
 from mmalign import memory, tasks
@@ -107,15 +108,6 @@ class Case:
         self.loop.fit()
         inputs._put, inputs.disk = put, disk  # type: ignore[method-assign]
 
-    @torch.no_grad()
-    def fill(self) -> None:
-        """Everything that can be cached, for every pair."""
-        self.task.reference = "cached"
-        for step in range(self.loop.config.optim.steps):
-            batch = self.task.load(self.loop.positions(step, 0))
-            with self.loop.accelerator.autocast():
-                self.task._reference_errors(batch, *self.task._inputs(batch))
-
 
 def counted(config: TrainConfig, shape: tuple[int, int, int], *, hollow: bool = False) -> memory.Estimate:
     """The estimate of a run on clips of one shape; `hollow` for a folder without weights."""
@@ -148,7 +140,7 @@ def measure(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, 
     config = settings(name, model, table, options, scratch)
     estimate = counted(config, shape)
     case = Case(config)
-    filling = clock(case.fill, device) / (options.steps * options.batch_size)
+    filling = clock(lambda: fill(case.task, case.loop), device) / (options.steps * options.batch_size)
     ways = [(state, way == "checkpointed") for way in options.ways for state in STATES]
     for state, way in ways:  # once each before anything counts: kernels are chosen, memory is taken
         case.block(state, way)

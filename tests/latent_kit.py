@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,6 +36,18 @@ MAKERS = {
     "ltx": tiny_video.tiny_ltx,
     "animatediff": tiny_video.tiny_animatediff,
 }
+
+
+def maker(factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a family's folder when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = MAKERS[family](factory.mktemp(family))
+        return made[family]
+
+    return make
 
 
 def loaded(path: Path, **changes: Any) -> Any:

@@ -11,8 +11,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from family_kit import recorded
 from peft import PeftModel
 from torch import Tensor
 from training_kit import config, preferences, records, settings
@@ -55,20 +55,6 @@ def _folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module", name="adapter", params=MAKERS)
 def _adapter(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Any:
     return base.load(Model(path=folders[request.param]))
-
-
-@contextmanager
-def _recorded(denoiser: Any) -> Iterator[list[dict[str, Any]]]:
-    """What is fed to a denoiser, by argument, and what comes out."""
-    calls: list[dict[str, Any]] = []
-
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found = dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
-        calls.append({**found, "output": output[0]})
-
-    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
-    yield calls
-    handle.remove()
 
 
 def _generators() -> list[torch.Generator]:
@@ -132,10 +118,10 @@ def test_a_long_prompt_is_cut_as_the_pipeline_cuts_it(name: str, folders: dict[s
 
 def _compare_first_calls(adapter: Adapter) -> None:
     """Every tensor that the pipeline's sampler feeds its denoiser is what `predict` feeds it."""
-    with _recorded(adapter.denoiser) as theirs:
+    with recorded(adapter.denoiser) as theirs:
         _draw(adapter)
     times, latents, condition = _times(adapter), _start(adapter), _condition(adapter, PROMPTS)
-    with _recorded(adapter.denoiser) as ours, torch.no_grad():
+    with recorded(adapter.denoiser) as ours, torch.no_grad():
         adapter.predict(latents, times[:1].expand(2), condition)
     assert theirs[0].keys() >= {"hidden_states", "timestep", "output"}
     for name, value in theirs[0].items():
@@ -172,10 +158,10 @@ def test_sampling_through_the_adapter_is_sampling_through_the_pipeline(adapter: 
 
 def test_guidance_uses_the_empty_prompt_as_training_does(adapter: Adapter) -> None:
     """Caption dropout trains the condition of ""; the guided pipeline must be fed the same one."""
-    with _recorded(adapter.denoiser) as calls:
+    with recorded(adapter.denoiser) as calls:
         _draw(adapter, guidance=4.0, steps=2)
     condition = _condition(adapter, ["", ""])
-    with _recorded(adapter.denoiser) as ours, torch.no_grad():
+    with recorded(adapter.denoiser) as ours, torch.no_grad():
         adapter.predict(_start(adapter), _times(adapter)[:1].expand(2), condition)
     if len(calls[0]["hidden_states"]) == 2 and len(calls) == 2:
         return  # guidance-distilled: one call for each step, no empty prompt
@@ -241,7 +227,7 @@ def _note(asked: dict[str, Any], function: Callable[..., None], args: tuple[Any,
 def test_a_negative_prompt_is_encoded_as_a_prompt(adapter: Adapter) -> None:
     """With negative prompts every family is guided away from them, by its pipeline's own means."""
     guided = adapter.call_arguments(4.0, ["blue square", "red"], 2)
-    with _recorded(adapter.denoiser) as calls, torch.no_grad():
+    with recorded(adapter.denoiser) as calls, torch.no_grad():
         adapter.pipeline()(
             PROMPTS, num_inference_steps=2, generator=_generators(), height=SIDE, width=SIDE, **guided
         )  # fmt: skip
@@ -311,7 +297,7 @@ def test_a_missing_text_encoder_is_named(folders: dict[str, Path], tmp_path: Pat
 def test_guidance_is_told_to_distilled_models_only(folders: dict[str, Path]) -> None:
     loaded = base.load(Model(path=folders["flux-dev"], guidance=3.5))
     condition = _condition(loaded, PROMPTS)
-    with _recorded(loaded.denoiser) as calls, torch.no_grad():
+    with recorded(loaded.denoiser) as calls, torch.no_grad():
         loaded.predict(_start(loaded), torch.tensor([0.5, 0.25]), condition)
         _draw(loaded, 3.5, steps=1)
     assert [call["guidance"].tolist() for call in calls] == [[3.5, 3.5]] * 2

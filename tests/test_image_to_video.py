@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from family_kit import recorded
 from PIL import Image
 from torch import Tensor
 from training_kit import records, settings
-from video_kit import FRAMES, PROMPTS, SIDE, clip_preferences, close, deterministic, generators, recorded, start, times
+from video_kit import FRAMES, PROMPTS, SIDE, clip_preferences, close, deterministic, generators, start, times
 
 from mmalign import sample, train
 from mmalign.jobs import SampleConfig, TrainConfig

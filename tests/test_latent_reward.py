@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from latent_kit import CPU, MAKERS, PROMPTS, given, loaded, pictures, settings, table
+from latent_kit import CPU, PROMPTS, given, loaded, maker, pictures, settings, table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,14 +26,7 @@ from mmalign.testing import check_evaluator, tiny_transformers
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = MAKERS[family](tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return make
+    return maker(tmp_path_factory)
 
 
 # --------------------------------------------------------------------------------------------------------- fitting

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from latent_kit import MAKERS, given, loaded
+from latent_kit import MAKERS, given, loaded, maker
 from torch import Tensor, nn
 
 from mmalign.backbones.latent_reward import LatentHead, share
@@ -20,14 +19,7 @@ from mmalign.noise import Process
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = MAKERS[family](tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return make
+    return maker(tmp_path_factory)
 
 
 def whole_run(adapter: Any, blocks: int, noisy: Tensor, t: Tensor, condition: Any) -> Tensor:

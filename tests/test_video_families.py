@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_kit import recorded
 from torch import Tensor
 from video_kit import (
     FAMILIES,
@@ -22,7 +23,6 @@ from video_kit import (
     draw,
     folders_of,
     pixels,
-    recorded,
     start,
     times,
 )

@@ -8,7 +8,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from video_kit import FRAMES, MAKERS, PROMPTS, compare_first_calls, draw, folders_of, recorded, start
+from family_kit import recorded
+from video_kit import FRAMES, MAKERS, PROMPTS, compare_first_calls, draw, folders_of, start
 
 from mmalign.jobs_inputs import Model
 from mmalign.models import base

@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from family_kit import recorded
 from torch import Tensor
 
 from mmalign.media import write_video
@@ -43,20 +44,6 @@ SIDE, FRAMES = 32, 9
 def folders_of(names: tuple[str, ...], factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = factory.mktemp("videos")
     return {name: MAKERS[name](home / name) for name in names}
-
-
-@contextmanager
-def recorded(denoiser: Any) -> Iterator[list[dict[str, Any]]]:
-    """What is fed to a denoiser, by argument, and what comes out."""
-    calls: list[dict[str, Any]] = []
-
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found = dict(zip(("hidden_states", "timestep"), args, strict=False)) | kwargs
-        calls.append({**found, "output": output[0]})
-
-    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
-    yield calls
-    handle.remove()
 
 
 def generators() -> list[torch.Generator]:
