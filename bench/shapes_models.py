@@ -1,8 +1,9 @@
 """Figures of the shapes models that assets/README.md reports: `python bench/shapes_models.py`.
 
 shapes-sd, shapes-flow: share of pictures for held-out captions with exactly the asked shapes and colours, by reader.
+shapes-video: share of clips that keep everything their held-out captions ask, by reader, and the mean of each axis.
 shapes-clip: share of held-out pairs that the scorer orders as the annotator's noise-free utility does.
-The autoencoder: the same share on reconstructions of perfect drawings, which bounds what the generator can reach.
+The autoencoders: the same shares on reconstructions of perfect drawings, which bound what the generators can reach.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,13 @@ from mmalign.jobs import SampleConfig
 from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.paths import find
+from mmalign.shapes.axes import AXES, axes, everything, kept
 from mmalign.shapes.captions import captions
+from mmalign.shapes.clip import FPS
+from mmalign.shapes.clip_data import drawn_clips
+from mmalign.shapes.clip_reader import read_clip
 from mmalign.shapes.data import drawings, judged_groups
+from mmalign.shapes.motion import MotionCaption, motions
 from mmalign.shapes.reader import fidelity, read
 from mmalign.stats import mean_ci
 
@@ -59,6 +66,51 @@ def generator(folder: Path, count: int, seed: int, overrides: list[str]) -> dict
         "by_number_of_shapes": by_count,
         "cleanliness": share([reading.cleanliness for reading in readings], texts),
     }
+
+
+def moving(folder: Path, count: int, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """What clips for held-out captions keep of what is asked, in all and by part, and the means of the axes."""
+    wanted = motions(count, seed, held_out=True)
+    config = load(SampleConfig, find("configs/shapes/video_sample.yaml"), [f"model.path={folder}", *overrides])
+    adapter = sample.load(config, torch.device("cpu"))
+    made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]
+    clips = [clip for _, part in sample.generate(adapter, made, config) for clip in part]
+    sampling = f"{config.scheduler}, {config.steps} steps, guidance_scale {config.guidance_scale}"
+    return {"sampling": sampling, **judged_clips(wanted, clips)}
+
+
+def judged_clips(wanted: Sequence[MotionCaption], clips: Sequence[np.ndarray]) -> dict[str, Any]:
+    texts, readings = [str(caption) for caption in wanted], [read_clip(clip, FPS) for clip in clips]
+    parts: dict[str, list[float]] = {}
+    for caption, reading in zip(wanted, readings, strict=True):
+        for name, part in kept(caption, reading).items():
+            parts.setdefault(name.split()[0], []).append(float(part.exact))
+    every = [float(everything(c, r)) for c, r in zip(wanted, readings, strict=True)]
+    graded = [axes(c, r) for c, r in zip(wanted, readings, strict=True)]
+    return {
+        "everything": share(every, texts),
+        "by_number_of_shapes": {
+            len_: share([hit for hit, c in zip(every, wanted, strict=True) if len(c.movers) == len_])
+            for len_ in sorted({len(c.movers) for c in wanted})
+        },
+        **{axis: share([each[axis] for each in graded], texts) for axis in AXES},
+        "kept_by_part": {name: share(hits) for name, hits in sorted(parts.items())},
+    }
+
+
+@torch.no_grad()
+def clip_autoencoder(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """The same of reconstructions of perfect clips, and their mean squared error in [0, 1]."""
+    adapter = base.load(Model(path=folder))
+    drawn = drawn_clips(count, seed, held_out=True, side=32)
+    clips, errors = [], []
+    for item in drawn:
+        pixels = torch.from_numpy(item.clip()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        decoded = adapter.decode(adapter.encode_media(pixels)[:, 0]).clamp(-1, 1)
+        errors.append(((decoded - pixels) / 2).square().mean().item())
+        clips.append(((decoded[0].permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy())
+    found = judged_clips([item.caption for item in drawn], clips)
+    return {"everything": found["everything"], "psnr_db": -10 * math.log10(float(np.mean(errors)))}
 
 
 @torch.no_grad()
@@ -100,7 +152,8 @@ def main() -> None:
     parser.add_argument("--sd", type=Path, default=find("assets/shapes-sd"))
     parser.add_argument("--flow", type=Path, default=find("assets/shapes-flow"))
     parser.add_argument("--clip", type=Path, default=find("assets/shapes-clip"))
-    parser.add_argument("--only", choices=("sd", "flow", "vae", "clip"))
+    parser.add_argument("--video", type=Path, default=find("assets/shapes-video"))
+    parser.add_argument("--only", choices=("sd", "flow", "vae", "video", "video-vae", "clip"))
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--set", action="append", default=[], help="as in mmalign sample: guidance_scale=3")
@@ -110,6 +163,8 @@ def main() -> None:
         "sd": lambda: generator(args.sd, args.count, args.seed, args.set),
         "flow": lambda: generator(args.flow, args.count, args.seed, [*FLOW, *args.set]),
         "vae": lambda: autoencoder(args.sd, args.count, args.seed),
+        "video": lambda: moving(args.video, args.count, args.seed, args.set),
+        "video-vae": lambda: clip_autoencoder(args.video, args.count, args.seed),
         "clip": lambda: scorer(args.clip, args.count, args.seed, args.annotator),
     }
     for name, job in jobs.items():

@@ -2,6 +2,7 @@
 
     python bench/video_methods.py                        all cells, seeds 0 1 2; resumable, one process per core
     python bench/video_methods.py --cells flow_dpo,sft --seeds 0
+    python bench/video_methods.py --sweep                what lr, beta and temperature were chosen by, on SWEEP_SEED
     python bench/video_methods.py --table                only the table of what has been run
 
 The figures of each run are a line in bench/video_methods.jsonl, and what stands there is not run again; clips and

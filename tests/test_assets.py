@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, WanPipeline
 
 from mmalign.paths import find
+from mmalign.shapes.axes import kept
 from mmalign.shapes.captions import captions
+from mmalign.shapes.clip import FPS
+from mmalign.shapes.clip_reader import read_clip
+from mmalign.shapes.motion import motions
 from mmalign.shapes.reader import fidelity, read
 
 ONE_SHAPE = (1.0, 0.0, 0.0)
@@ -49,3 +53,24 @@ def test_held_out_captions_of_one_shape_are_drawn(
         for caption, image in zip(wanted, images[1:] + images[:1], strict=True)
     ])  # fmt: skip
     assert chance < 0.2
+
+
+def test_held_out_captions_of_one_moving_shape_are_drawn() -> None:
+    pipe = WanPipeline.from_pretrained(find("assets/shapes-video"), dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = motions(32, 5, held_out=True, counts=(1.0, 0.0))
+    clips = pipe(
+        [str(caption) for caption in wanted], num_inference_steps=20, height=32, width=32, num_frames=9,
+        max_sequence_length=24, guidance_scale=2.0, output_type="np",
+        generator=[torch.Generator().manual_seed(i) for i in range(len(wanted))],
+    ).frames  # fmt: skip
+    readings = [read_clip((clip * 255).round().astype(np.uint8), FPS) for clip in clips]
+
+    def right(part: str, shift: int = 0) -> float:
+        """Share of clips that keep one thing of a caption, or of that of another clip."""
+        moved = readings[shift:] + readings[:shift]
+        return float(np.mean([kept(c, r)[part].exact for c, r in zip(wanted, moved, strict=True)]))
+
+    for part, chance in (("kind 0", 0.5), ("colour 0", 0.4), ("direction 0", 0.45)):
+        assert right(part) > 0.6, part  # assets/README.md has the shares over more captions
+        assert right(part, 1) < chance, part

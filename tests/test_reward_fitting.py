@@ -356,9 +356,6 @@ def test_every_objective_has_a_line_and_a_config(cls: Any) -> None:
 
 @pytest.mark.parametrize("path", OWN_DATA, ids=lambda path: path.stem)
 def test_configs_on_the_shapes_world_run(path: Path, tmp_path: Path) -> None:
-    model = CONFIGS[path].model.path
-    if model == Path("assets/shapes-video") and not (ROOT / model / "model_index.json").is_file():
-        pytest.skip("assets/shapes-video is not in the repository yet (docs/unfinished.md)")
     changes = [
         f"output={tmp_path / 'run'}", "optim.steps=2", "optim.batch_size=4", "optim.warmup=1", "log.trackers=[]",
         "data.shapes.scenes=12", "data.cache=memory", "log.every=1",
