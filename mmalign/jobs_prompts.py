@@ -47,12 +47,16 @@ class ClipText(Strict):
 
 
 class EvaluatorJudge(Strict):
-    """Evaluators judge: the prompt whose pictures score higher on average wins."""
+    """Evaluators judge: the prompt whose pictures or clips score higher on average wins."""
 
     kind: Literal["evaluator"] = "evaluator"
     rewards: tuple[RewardSpec, ...] = Field(min_length=1, description="evaluators with weights, as in guidance.rewards")
     temperature: float = Field(
         0.0, ge=0, description="above 0: a simulated person, who answers by Bradley-Terry on score / temperature"
+    )
+
+    reward_frames: PositiveInt = Field(
+        4, description="of a clip, evenly spaced: what evaluators of images alone see, whose scores are averaged"
     )
 
     @model_validator(mode="after")
@@ -88,9 +92,11 @@ Judge = Annotated[EvaluatorJudge | PersonJudge, Field(discriminator="kind")]
 class PromptsConfig(Sampling):
     """`mmalign optimise-prompt FILE`: find the prompt that draws what is wished, by comparing two at a time."""
 
-    output: Path = Field(description="folder: comparisons.jsonl, best.json, images/; for people to_compare.html")
+    output: Path = Field(
+        description="folder: comparisons.jsonl, best.json, images/ or videos/; for people to_compare.html"
+    )
     wish: str | None = Field(
-        None, description="what pictures are judged against, and people are told; null: each prompt's own words"
+        None, description="what is drawn is judged against, and people are told; null: each prompt's own words"
     )
     candidates: Candidates
     comparisons: PositiveInt = Field(40, description="how many in all; may be raised to go on")

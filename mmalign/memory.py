@@ -26,8 +26,7 @@ ahead, pictures drawn for validation and early stopping; on a CPU Python and its
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,8 +38,22 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from mmalign import memory_autoencoder
 from mmalign.jobs import TrainConfig
 from mmalign.losses.errors import squared_error
+from mmalign.memory_estimate import (
+    Bucket,
+    Estimate,
+    NotEstimatedError,
+    Part,
+    Pass,
+    Step,
+    available,
+    networks,
+    optimiser_bytes,
+    part_of,
+    weights,
+)
 from mmalign.methods import Preference
 from mmalign.models.skeleton import fake_mode, skeleton
 from mmalign.models.tracing import Traced, size_of, without_values
@@ -57,55 +70,6 @@ WITHOUT_VALUES_IMPOSSIBLE = (
 
 
 @dataclass(frozen=True)
-class Part:
-    """A network of the pipeline.
-
-    Attributes:
-        parameters, trained: how many numbers, and how many of them are trained.
-        dtypes: numbers by dtype.
-        bytes: with buffers.
-        waits: whether it is in CPU memory but for the time in which it is used.
-    """
-
-    name: str
-    parameters: int
-    trained: int
-    dtypes: dict[str, int]
-    bytes: int
-    waits: bool
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What a computation takes beside weights: `kept` bytes (for backward, where there is one), their `peak`, FLOPs."""
-
-    kept: int
-    peak: int
-    flops: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """A micro-batch: what the policy's forward keeps for backward, the peak of it all, FLOPs of its three passes."""
-
-    activations: int
-    peak: int
-    forward_flops: int
-    reference_flops: int
-    backward_flops: int
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A shape that items are cut to: width x height (x frames), latents [C, (T,) h, w], tokens (1 each for a UNet)."""
-
-    name: str
-    items: int
-    latents: tuple[int, ...]
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Work:
     """What there is to train on: the targets of its items, how many media the largest has, and a sentence."""
 
@@ -113,55 +77,6 @@ class Work:
     items: int
     media: int
     summary: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A run's memory in bytes, and its FLOPs.
-
-    Attributes:
-        rows: pictures or clips in a micro-batch.
-        steps: with and without gradient checkpointing, by "checkpointed" and "plain".
-        phases: device bytes of each phase; the largest is the run's.
-        cached: whether latents and embeddings are kept, so that the encoders are used for what is new alone.
-        errors_cached: the same of the reference's errors.
-        available: bytes that the device has.
-    """
-
-    summary: str
-    family: str
-    device: str
-    precision: str
-    rows: int
-    accumulate: int
-    checkpointing: bool
-    cached: bool
-    errors_cached: bool
-    parts: tuple[Part, ...]
-    gradients: int
-    optimiser: int
-    average: int
-    copies: int
-    reference: int
-    buckets: tuple[Bucket, ...]
-    steps: dict[str, Step]
-    text: Pass
-    latents: Pass
-    phases: dict[str, int]
-    available: int
-
-    @property
-    def total(self) -> int:
-        return max(self.phases.values())
-
-    @property
-    def step(self) -> Step:
-        """As the run is configured."""
-        return self.steps["checkpointed" if self.checkpointing else "plain"]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "total": self.total}
 
 
 def work(config: TrainConfig, adapter: Any) -> Work:
@@ -183,16 +98,22 @@ def work(config: TrainConfig, adapter: Any) -> Work:
 
 
 def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
-    """The estimate of a run of `task: preference` or `sft`, of one process with `sharding: none`.
+    """The estimate of a run of one process with `sharding: none`.
 
     Args:
-        known: what is trained on, where it has been read already.
+        known: what a generator is trained on, where it has been read already.
 
     Raises:
-        ValueError: another task, or a model folder or data that training would refuse.
+        NotEstimatedError: a run whose memory cannot be told without carrying it out.
+        ValueError: a model folder or data that training would refuse.
     """
-    if config.task not in ("preference", "sft"):
-        raise ValueError(f"memory is estimated for the tasks preference and sft, not for {config.task}")
+    if config.task == "autoencoder":
+        return memory_autoencoder.estimate(config)
+    if config.task == "reward":
+        raise NotEstimatedError(
+            "memory is not estimated for task: reward, whose networks are not yet made without weights; set "
+            "optim.steps: 5, run it, and read memory.measured in run.json"
+        )
     if config.online and known is None:
         raise ValueError(
             "the pairs of online rounds are not there yet; drop online, and give data.table, for --dry-run"
@@ -216,7 +137,7 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
         adapter.denoiser.disable_gradient_checkpointing()
         steps["plain"] = _step(config, adapter, rows, shape, largest)
     parts = tuple(_parts(adapter, config))
-    trained = [p for part in _networks(adapter).values() for p in part.parameters() if p.requires_grad]
+    trained = [p for part in networks(adapter).values() for p in part.parameters() if p.requires_grad]
     second = 1 if copies_reference(config) else 0
     pieces = {
         "gradients": size_of(trained), "optimiser": optimiser_bytes(trained, config.optim.optimizer),
@@ -254,39 +175,16 @@ def hollow(config: TrainConfig) -> Any:
 # ------------------------------------------------------------------------------------------------ what stays
 
 
-def _networks(adapter: Any) -> dict[str, nn.Module]:
-    """The denoiser, the autoencoder and the encoders of prompts and first frames, by their names in the pipeline."""
-    names = (adapter.denoiser_name, "vae", *adapter.text_encoders, "image_encoder")
-    return {name: part for name in names if (part := getattr(adapter.pipe, name, None)) is not None}
-
-
 def _parts(adapter: Any, config: TrainConfig) -> Iterator[Part]:
     waiting = {*config.optim.offload} | ({*adapter.text_encoders} if "text_encoder" in config.optim.offload else set())
-    for name, part in _networks(adapter).items():
-        numbers: dict[str, int] = {}
-        for parameter in part.parameters():
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            numbers[dtype] = numbers.get(dtype, 0) + parameter.numel()
-        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        yield Part(name, sum(numbers.values()), trained, numbers, _weights(part), name in waiting)
-
-
-def _weights(part: nn.Module) -> int:
-    return size_of([*part.parameters(), *part.buffers()])
+    for name, part in networks(adapter).items():
+        yield part_of(name, part, waits=name in waiting)
 
 
 def _reference_bytes(adapter: Any) -> int:
     """Of a second denoiser: what the policy has without its LoRA."""
     lora = [p for name, p in adapter.denoiser.named_parameters() if ".lora_" in name]
-    return _weights(adapter.denoiser) - size_of(lora)
-
-
-def optimiser_bytes(trained: Sequence[Tensor], kind: str) -> int:
-    """What the optimiser keeps of these tensors between steps, in bytes."""
-    if kind == "adamw":
-        return 2 * size_of(trained) + 4 * len(trained)
-    counts = [p.numel() for p in trained]
-    return sum(2 * count + 8 * -(-count // 256) if count >= 4096 else 8 * count for count in counts)
+    return weights(adapter.denoiser) - size_of(lora)
 
 
 def copies_reference(config: TrainConfig) -> bool:
@@ -354,7 +252,7 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...], 
         squared_error(prediction, target).mean().backward()
         flops.append(traced.flops)
     peak = traced.peak
-    for part in _networks(adapter).values():
+    for part in networks(adapter).values():
         part.zero_grad(set_to_none=True)
     first, policy, reference, backward = flops
     return Step(activations, peak, policy - first, reference - policy, backward - reference)
@@ -408,22 +306,10 @@ def _phases(
     }
 
 
-# ------------------------------------------------------------------------------------------------ the device
+# ------------------------------------------------------------------------------------------------ after a run
 
 
-def available(device: torch.device) -> int:
-    """Bytes: all of a GPU's memory; of a CPU's what is free now, or what the process's group may still take."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(known["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
-
-
-def compare(config: TrainConfig, known: Work, before: int) -> dict[str, Any]:
+def compare(config: TrainConfig, known: Work | None, before: int) -> dict[str, Any]:
     """For run.json: the estimate of a run that has just ended, and its measured peak, in bytes.
 
     Args:
@@ -436,6 +322,8 @@ def compare(config: TrainConfig, known: Work, before: int) -> dict[str, Any]:
     }
     try:
         found = estimate(config, known)
+    except NotEstimatedError as error:
+        return {"estimated": None, "why_not": str(error), "measured": measured}
     except WITHOUT_VALUES_IMPOSSIBLE as error:
         return {"estimated": None, "why_not": f"the model cannot be run without values ({error})", "measured": measured}
     shown = {"total": found.total, "phases": found.phases}

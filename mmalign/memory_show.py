@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mmalign.memory import Estimate
+from mmalign.memory_estimate import Estimate
 
 
 def show(found: Estimate) -> None:
@@ -53,12 +53,15 @@ def _pieces(found: Estimate) -> Iterator[tuple[str, str, str]]:
         yield "reference", size(found.reference), "a second denoiser"
     rows = f"{found.rows} {'rows' if found.rows > 1 else 'row'}"
     for name, wanted in (("plain", False), ("checkpointed", True)):
+        if name not in found.steps:
+            continue
         step = found.steps[name]
         used = "this run" if found.checkpointing == wanted else f"with gradient_checkpointing: {str(wanted).lower()}"
         yield f"activations, {name}", size(step.activations), f"{rows}; peak of the step {size(step.peak)}; {used}"
     once = "until embeddings and latents are cached" if found.cached else "in every step"
-    yield "encoding text", size(found.text.peak), once
-    yield "encoding pictures", size(found.latents.peak), once
+    for what, encoding in (("text", found.text), ("pictures", found.latents)):
+        if encoding is not None:
+            yield f"encoding {what}", size(encoding.peak), once
 
 
 def sentences(found: Estimate) -> list[str]:
@@ -66,13 +69,14 @@ def sentences(found: Estimate) -> list[str]:
     step, count = found.step, found.accumulate
     asked = "reference (until its errors are cached)" if found.errors_cached else "reference"
     work = {"forward": step.forward_flops, asked: step.reference_flops, "backward": step.backward_flops}
-    encoding = found.rows * found.latents.flops if found.cached else found.latents.flops
     told = ", ".join(f"{name} {flops(value * count)}" for name, value in work.items() if value)
-    when = "once per item" if found.cached else "in every step"
+    if found.latents is not None:
+        encoding = flops((found.rows if found.cached else 1) * found.latents.flops * count)
+        told += f"; encoding its pictures {encoding}, {'once per item' if found.cached else 'in every step'}"
     worst = max(found.phases, key=lambda name: found.phases[name])
     verdict = "fits" if found.total <= found.available else "DOES NOT FIT"
     return [
-        f"work of an optimiser step: {told}; encoding its pictures {flops(encoding * count)}, {when}",
+        f"work of an optimiser step: {told}",
         f"estimated peak on {found.device}: {size(found.total)} (in {worst}), of {size(found.available)}: {verdict}",
     ]
 

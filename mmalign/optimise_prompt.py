@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmalign import sample
+from mmalign import provenance, sample
 from mmalign.backbones.clip_scoring import load_clip_backbone
 from mmalign.evaluation import Backbones
 from mmalign.guidance import prompts as bandits
@@ -27,9 +27,10 @@ from mmalign.guidance.rewards import Rewards, fitting, load_scorers
 from mmalign.jobs import SampleConfig
 from mmalign.jobs_prompts import EvaluatorJudge, PromptsConfig
 from mmalign.locks import alone_in, refuse_if_busy
-from mmalign.media import read_image, write_image
+from mmalign.media import AllFrames, read_image, read_video, write_image, write_video
 from mmalign.models import base
 from mmalign.models.adapter import Adapter
+from mmalign.models.video import VideoAdapter
 from mmalign.noise import generator
 from mmalign.paths import find
 from mmalign.progress import Progress
@@ -64,29 +65,36 @@ def run(config: PromptsConfig, answers: Sequence[Path] = ()) -> Path:
         answers: files of people's answers, beside `answers*.jsonl` and `.csv` in the output folder.
 
     Raises:
-        ValueError: fewer than two prompts, a folder of another config, a model of clips, or whatever drawing and
-            scoring find wrong.
+        ValueError: fewer than two prompts, a folder of another config, a model that goes on from a picture, or whatever
+            drawing and scoring find wrong.
     """
     refuse_if_busy(config.output)
     device = pick_device(config.device, config.dtype)
     candidates = listed(config)
-    base.check(config.model)
-    if base.modality_of(config.model) == "video":
+    settings = _sampling(config)
+    media = "videos" if sample.check(settings) else "images"
+    if base.goes_on_from_image(config.model):
         raise ValueError(
-            f"{config.model.path} draws clips, and prompts are compared by pictures; use a model of images"
+            f"{config.model.path} draws clips that go on from a picture, and prompts are compared by what is drawn "
+            "from text alone; use a text-to-video model"
         )
     identity = _check_same(config, candidates)
-    adapter = sample.load(_sampling(config), device)
+    adapter = sample.load(settings, device)
     embeddings = bandits.standardised(embedded(config, candidates, adapter))
     with alone_in(config.output, "mmalign optimise-prompt"):
-        begin_folder(config.output, config, identity)
+        begin_folder(config.output, config, identity, media)
+        told = sample.teller(settings, identity, adapter)
         done = read(config.output)
         rewards = _rewards(config.judge, adapter) if isinstance(config.judge, EvaluatorJudge) else None
         with Progress("comparing", config.comparisons, len(done)) as bar:
             while len(done) < config.comparisons:
                 asked = propose(config, embeddings, done)
-                _draw(config, candidates, asked, adapter)
-                judged = _scored(config, candidates, asked, rewards) if rewards else _answered(config, asked, answers)
+                _draw(config, candidates, asked, adapter, told)
+                judged = (
+                    _scored(config, candidates, asked, rewards, adapter)
+                    if rewards
+                    else _answered(config, candidates, asked, answers, adapter)
+                )
                 if judged is None:
                     break
                 done += judged
@@ -160,7 +168,7 @@ def _belief(config: PromptsConfig, embeddings: Tensor, done: Sequence[Comparison
     return bandits.believe(embeddings, pairs, shares, hidden=settings.hidden, ridge=settings.ridge, seed=settings.seed)
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ what is drawn
 
 
 def _sampling(config: PromptsConfig) -> SampleConfig:
@@ -169,23 +177,47 @@ def _sampling(config: PromptsConfig) -> SampleConfig:
     return SampleConfig(**{**values, "prompts": config.output, "output": config.output})
 
 
-def _place(folder: Path, candidate: int, seed: int) -> Path:
-    return folder / "images" / f"{candidate:05d}-{seed}.png"
+def _request(candidates: Sequence[bandits.Candidate], candidate: int, seed: int) -> sample.Request:
+    return sample.Request(candidates[candidate].prompt, seed, f"{candidate:05d}")
 
 
 def _draw(
-    config: PromptsConfig, candidates: Sequence[bandits.Candidate], asked: Sequence[Comparison], adapter: Adapter
-) -> None:
-    """The pictures of a round that are not there yet."""
-    wanted = {
-        _place(config.output, k, seed): (k, seed) for each in asked for k in (each.a, each.b) for seed in each.seeds
-    }
-    missing = {place: what for place, what in wanted.items() if not place.is_file()}
-    requests = [sample.Request(candidates[k].prompt, seed, f"{k:05d}") for k, seed in missing.values()]
-    settings = _sampling(config)
-    for part, images in sample.generate(adapter, requests, settings):
+    config: PromptsConfig, candidates: Sequence[bandits.Candidate], asked: Sequence[Comparison], adapter: Adapter,
+    told: Callable[[sample.Request], provenance.Record | None],
+) -> None:  # fmt: skip
+    """The pictures or clips of a round that are not there yet.
+
+    A batch that lacks one is drawn again as a whole, since other neighbours could turn a last bit.
+    """
+    wanted = list(
+        {_request(candidates, k, seed): None for each in asked for k in (each.a, each.b) for seed in each.seeds}
+    )
+    settings, clips = _sampling(config), isinstance(adapter, VideoAdapter)
+    batches = [wanted[at : at + config.batch_size] for at in range(0, len(wanted), config.batch_size)]
+    missing = [
+        request
+        for batch in batches
+        if not all(sample.place(config.output, each, clips).is_file() for each in batch)
+        for request in batch
+    ]
+    for part, images in sample.generate(adapter, missing, settings):
         for request, image in zip(part, images, strict=True):
-            write_image(_place(config.output, int(request.group), request.seed), image)
+            sample.write(settings, sample.place(config.output, request, clips), image, adapter, told(request))
+
+
+def _seen(
+    config: PromptsConfig,
+    candidates: Sequence[bandits.Candidate],
+    candidate: int,
+    seeds: Sequence[int],
+    adapter: Adapter,
+) -> np.ndarray:
+    """One side of a comparison as its files show it: uint8 [n, H, W, 3], or clips [n, F, H, W, 3]."""
+    clips = isinstance(adapter, VideoAdapter)
+    places = [sample.place(config.output, _request(candidates, candidate, seed), clips) for seed in seeds]
+    if clips:
+        return np.stack([read_video(each, AllFrames()).frames.permute(0, 2, 3, 1).numpy() for each in places])
+    return np.stack([read_image(each) for each in places])
 
 
 # ------------------------------------------------------------------------------------------------ judges
@@ -193,23 +225,26 @@ def _draw(
 
 def _rewards(judge: EvaluatorJudge, adapter: Adapter) -> Rewards:
     jobs = fitting(judge.rewards, "judge.rewards")
-    scorers = load_scorers(jobs, "image", adapter.device, dtype="float32", backbones=Backbones())
+    scorers = load_scorers(
+        jobs, adapter.modality, adapter.device, dtype="float32", backbones=Backbones(), frames=judge.reward_frames,
+        fps=adapter.fps,
+    )  # fmt: skip
     return Rewards(judge.rewards, scorers)
 
 
 def _scored(
-    config: PromptsConfig, candidates: Sequence[bandits.Candidate], asked: Sequence[Comparison], rewards: Rewards
-) -> list[Comparison]:
-    """The round judged by evaluators: the mean over a side's pictures decides, or draws a noisy answer."""
+    config: PromptsConfig, candidates: Sequence[bandits.Candidate], asked: Sequence[Comparison], rewards: Rewards,
+    adapter: Adapter,
+) -> list[Comparison]:  # fmt: skip
+    """The round judged by evaluators: the mean over a side's pictures or clips decides, or draws a noisy answer."""
     judge = config.judge
     assert isinstance(judge, EvaluatorJudge)
     found = []
     for each in asked:
         means = []
         for k in (each.a, each.b):
-            pictures = [read_image(_place(config.output, k, seed)) for seed in each.seeds]
-            pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
-            wish = [config.wish or candidates[k].prompt] * len(pictures)
+            pixels = torch.from_numpy(_seen(config, candidates, k, each.seeds, adapter)).movedim(-1, 1) / 255
+            wish = [config.wish or candidates[k].prompt] * len(pixels)
             means.append(float(rewards.scores(pixels, wish).mean()))
         share = answer(means[0], means[1], judge.temperature, (config.bandit.seed, each.number))
         found.append(Comparison(each.number, each.a, each.b, each.seeds, share, (means[0], means[1])))
@@ -229,7 +264,10 @@ def answer(a: float, b: float, temperature: float, identity: Sequence[int]) -> f
     return float(drawn < likes)
 
 
-def _answered(config: PromptsConfig, asked: Sequence[Comparison], files: Sequence[Path]) -> list[Comparison] | None:
+def _answered(
+    config: PromptsConfig, candidates: Sequence[bandits.Candidate], asked: Sequence[Comparison], files: Sequence[Path],
+    adapter: Adapter,
+) -> list[Comparison] | None:  # fmt: skip
     """The round as people judged it; None, and a page that asks, where some pair has no answer yet."""
     home = config.output
     found = [*files, *sorted(home.glob("answers*.jsonl")), *sorted(home.glob("answers*.csv"))]
@@ -244,7 +282,7 @@ def _answered(config: PromptsConfig, asked: Sequence[Comparison], files: Sequenc
             Comparison(c.number, c.a, c.b, c.seeds, sum(points[v] for v in said[c.name]) / len(said[c.name]))
             for c in asked
         ]
-    _ask(config, [each for each in asked if not said[each.name]], table)
+    _ask(config, candidates, [each for each in asked if not said[each.name]], table, adapter)
     print(
         f"{sum(not value for value in said.values())} of {len(asked)} comparisons wait for an answer: open "
         f"{home / TO_COMPARE}.html, put the downloaded answers into {home}, and run the same command again",
@@ -253,18 +291,18 @@ def _answered(config: PromptsConfig, asked: Sequence[Comparison], files: Sequenc
     return None
 
 
-def _ask(config: PromptsConfig, waiting: Sequence[Comparison], table: Path) -> None:
+def _ask(
+    config: PromptsConfig, candidates: Sequence[bandits.Candidate], waiting: Sequence[Comparison], table: Path,
+    adapter: Adapter,
+) -> None:  # fmt: skip
     """Writes the page and the table of what is to be answered; an answered table is left as it is."""
     assert config.judge.kind == "person"
     home, rows = config.output, []
     for each in waiting:
         names = {}
         for letter, k in (("a", each.a), ("b", each.b)):
-            pictures = [read_image(_place(home, k, seed)) for seed in each.seeds]
-            sheet = home / "sheets" / f"{each.name}-{letter}.png"
-            sheet.parent.mkdir(exist_ok=True)
-            write_image(sheet, np.concatenate(pictures, axis=1))
-            names[letter] = sheet.relative_to(home).as_posix()
+            beside = np.concatenate(_seen(config, candidates, k, each.seeds, adapter), axis=-2)
+            names[letter] = _sheet(home, f"{each.name}-{letter}", beside, adapter).relative_to(home).as_posix()
         rows.append({"pair": each.name, "prompt": config.wish, **names, "answer": "", "user_id": ""})
     with whole_file(home / f"{TO_COMPARE}.html") as temporary:
         hint = "Then put the downloaded file into the folder of this page, and run the same command again."
@@ -273,6 +311,17 @@ def _ask(config: PromptsConfig, waiting: Sequence[Comparison], table: Path) -> N
     kept = [json.loads(line)["pair"] for line in table.read_text().splitlines()] if table.is_file() else []
     if not {row["pair"] for row in rows} <= set(kept):
         _write_lines(table, rows)
+
+
+def _sheet(home: Path, name: str, beside: np.ndarray, adapter: Adapter) -> Path:
+    """Writes what one side shows, its pictures or clips beside one another; a clip so that every browser plays it."""
+    path = home / "sheets" / f"{name}.{'png' if adapter.modality == 'image' else 'mp4'}"
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(adapter, VideoAdapter):
+        write_video(path, torch.from_numpy(beside).permute(0, 3, 1, 2), adapter.fps)
+    else:
+        write_image(path, beside)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -298,10 +347,10 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _check_same(config: PromptsConfig, candidates: Sequence[bandits.Candidate]) -> dict[str, Any]:
     """What decides the comparisons, for run.json. ValueError for a folder that another config filled."""
-    ignored = {"batch_size", "device", "output", "comparisons", "judge", "candidates", "model"}
+    ignored = {"batch_size", "device", "output", "comparisons", "judge", "candidates", "model", "provenance"}
     now: dict[str, Any] = json.loads(config.model_dump_json(exclude=ignored))
     now["candidates"] = [each.prompt for each in candidates]
-    now["model"] = base.fingerprint(config.model)
+    now |= sample.identity(_sampling(config))
     now["judge"] = json.loads(config.judge.model_dump_json(exclude={"rewards", "side"}))
     if isinstance(config.judge, EvaluatorJudge):
         now["judge"]["rewards"] = [

@@ -37,7 +37,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make."""
+    """One picture or clip to make."""
 
     prompt: str
     seed: int
@@ -131,39 +131,32 @@ def run(config: SampleConfig) -> Path:
     folder = config.output
     refuse_if_busy(folder)
     device = pick_device(config.device, config.dtype)
-    _check_sides(config, 8)
-    if config.negative_lora:
-        base.lora_file(config.negative_lora, "negative_lora")
-    if config.guidance:
-        guided.check(config.guidance)
-    base.check(config.model)  # before anything is written: a mistyped path leaves no folder behind
+    clips = check(config)  # before anything is written: a mistyped path leaves no folder behind
     if base.goes_on_from_image(config.model):
         if config.guidance:
             raise ValueError("guidance steers what is drawn from text alone; drop it, or use a text-to-video model")
         wanted = _with_images(config, wanted)
-    identity = _check_same(config, [request.image for request in wanted if request.image])
-    clips = base.modality_of(config.model) == "video"
-    _check_clips(config, clips)
-    missing = [request for request in wanted if not _place(folder, request, clips).is_file()]
+    same = _check_same(config, [request.image for request in wanted if request.image])
+    missing = [request for request in wanted if not place(folder, request, clips).is_file()]
     missing = guided.with_sets(wanted, missing, config.guidance)
     adapter = load(config, device) if missing else None
     with alone_in(folder, "mmalign sample"):
-        begin_folder(folder, config, identity, "videos" if clips else "images")
+        begin_folder(folder, config, same, "videos" if clips else "images")
         if adapter is not None:
-            told = _teller(config, identity, adapter)
+            told = teller(config, same, adapter)
             with Progress("sampling", len(wanted), len(wanted) - len(missing)) as bar:
                 done = len(wanted) - len(missing)
                 for part, images in _drawn(adapter, missing, config, bar, done):
                     for request, image in zip(part, images, strict=True):
-                        _write(config, _place(folder, request, clips), image, adapter, told(request))
+                        write(config, place(folder, request, clips), image, adapter, told(request))
                     done += len(part)
                     bar.update(done)
         name = str(config.model.lora or config.model.path)
         rows = [
             MediaRow(
-                r.sample, r.prompt, str(_place(folder, r, clips).absolute()), group=r.group, seed=r.seed, model=name,
+                r.sample, r.prompt, str(place(folder, r, clips).absolute()), group=r.group, seed=r.seed, model=name,
                 aux=guided.columns(guided.read_record(folder, r.sample)) if config.guidance else {},
-                **(_clip_facts(_place(folder, r, clips)) if clips else {}),
+                **(_clip_facts(place(folder, r, clips)) if clips else {}),
             )
             for r in wanted
         ]  # fmt: skip
@@ -174,6 +167,26 @@ def run(config: SampleConfig) -> Path:
             print(lines(found), file=sys.stderr)
         report_sheet.build([folder / "table.jsonl"], folder / "index.html")
     return folder / "table.jsonl"
+
+
+def check(config: SampleConfig) -> bool:
+    """Looks at settings and the model's folder before any weights are loaded; whether what is drawn are clips.
+
+    Raises:
+        ValueError: a side, a LoRA, a reward or a folder that cannot be used, or settings of clips for a model of
+            images.
+    """
+    _check_sides(config, 8)
+    if config.negative_lora:
+        base.lora_file(config.negative_lora, "negative_lora")
+    if config.guidance:
+        guided.check(config.guidance)
+    base.check(config.model)
+    clips = base.modality_of(config.model) == "video"
+    for name in ("frames", "fps", "lossless"):
+        if getattr(config, name) and not clips:
+            raise ValueError(f"{name}: the model of {config.model.path} draws pictures, and this is for clips; drop it")
+    return clips
 
 
 def _drawn(
@@ -283,14 +296,18 @@ def _first_frames(adapter: Adapter, part: list[Request], config: SampleConfig) -
     return found
 
 
-def _teller(
-    config: SampleConfig, identity: dict[str, Any], adapter: Adapter
+def teller(
+    config: SampleConfig, known: dict[str, Any], adapter: Adapter
 ) -> Callable[[Request], provenance.Record | None]:
-    """What gives a request the record of how it was drawn, or none where the config wants none."""
+    """What gives a request the record of how it was drawn, or none where the config wants none.
+
+    Args:
+        known: what `identity` says of the config.
+    """
     if not config.provenance:
         return lambda request: None
-    weights = {name: digest for name, digest in identity["model"].items() if isinstance(digest, str)}
-    told = {name: identity[name] for name in ("negative_lora", "guidance")}
+    weights = {name: digest for name, digest in known["model"].items() if isinstance(digest, str)}
+    told = {name: known[name] for name in ("negative_lora", "guidance")}
     scheduler = type(adapter.pipe.scheduler).__name__
     if config.guidance:  # it takes these steps itself
         scheduler = "Euler" if adapter.process.kind == "flow" else "DDIM"
@@ -304,13 +321,15 @@ def _teller(
     return tell
 
 
-def _place(folder: Path, request: Request, clips: bool) -> Path:
+def place(folder: Path, request: Request, clips: bool) -> Path:
+    """Where a request's picture or clip lies in the folder of a run."""
     return folder / ("videos" if clips else "images") / f"{request.sample}{'.mp4' if clips else '.png'}"
 
 
-def _write(
+def write(
     config: SampleConfig, path: Path, picture: np.ndarray, adapter: Adapter, told: provenance.Record | None
 ) -> None:
+    """Writes a picture uint8 [H, W, 3] as PNG, or a clip [F, H, W, 3] as MP4 at the model's rate, with its record."""
     if isinstance(adapter, VideoAdapter):
         frames = torch.from_numpy(picture).permute(0, 3, 1, 2)
         provenance.write_clip(path, frames, adapter.fps, told, lossless=config.lossless)
@@ -321,12 +340,6 @@ def _write(
 def _clip_facts(path: Path) -> dict[str, Any]:
     facts = clip_facts(path)
     return {"modality": "video", "fps": facts.fps, "num_frames": facts.num_frames}
-
-
-def _check_clips(config: SampleConfig, clips: bool) -> None:
-    for name in ("frames", "fps", "lossless"):
-        if getattr(config, name) and not clips:
-            raise ValueError(f"{name}: the model of {config.model.path} draws pictures, and this is for clips; drop it")
 
 
 def _check_sides(config: SampleConfig, multiple: int) -> None:
@@ -344,11 +357,18 @@ def _check_same(config: SampleConfig, images: list[Path]) -> dict[str, Any]:
     ignored = {"batch_size", "device", "output", "limit", "provenance"}
     now = {key: value for key, value in json.loads(config.model_dump_json()).items() if key not in ignored}
     now["prompts"] = hashlib.sha256(json.dumps(read_prompts(find(config.prompts))).encode()).hexdigest()
-    told = config.model.model_dump(include={"max_sequence_length", "guidance", "expert"}, exclude_none=True)
-    now["negative_lora"] = files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None
     if images:
         now["images"] = [files_hash([image]) for image in dict.fromkeys(images)]
-    now["guidance"] = guided.identity(config.guidance) if config.guidance else None
-    now["model"] = {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch), **told}
+    now |= identity(config)
     refuse_other(config.output, now, "pictures")
     return now
+
+
+def identity(config: SampleConfig) -> dict[str, Any]:
+    """What draws, by content: the parts of the model, a LoRA to lead away from, guidance."""
+    told = config.model.model_dump(include={"max_sequence_length", "guidance", "expert"}, exclude_none=True)
+    return {
+        "negative_lora": files_hash([base.lora_file(config.negative_lora)]) if config.negative_lora else None,
+        "guidance": guided.identity(config.guidance) if config.guidance else None,
+        "model": {**base.fingerprint(config.model), "from_scratch": list(config.model.from_scratch), **told},
+    }

@@ -75,10 +75,13 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
 
 def _compare_memory(config: TrainConfig, task: Any, before: int) -> None:
     """Writes estimated and measured memory into run.json, and says both."""
-    if config.task not in ("preference", "sft") or config.sharding != "none":
+    if config.sharding != "none":
         return
-    media = max((len(group.media) for group in getattr(task, "groups", ())), default=1)
-    found = memory.compare(config, memory.Work(task.targets, task.size, media, ""), before)
+    known = None
+    if config.task in ("preference", "sft"):
+        media = max((len(group.media) for group in getattr(task, "groups", ())), default=1)
+        known = memory.Work(task.targets, task.size, media, "")
+    found = memory.compare(config, known, before)
     runs.add_facts(config.output, {"memory": found})
     if found["estimated"]:
         total, peak, kind = found["estimated"]["total"], found["measured"]["peak"], found["measured"]["kind"]

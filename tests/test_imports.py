@@ -37,7 +37,7 @@ LAYERS: list[set[str]] = [
         "distributed",
         "guidance",
     }
-    | {"memory", "memory_show"}
+    | {"memory", "memory_autoencoder", "memory_estimate", "memory_show"}
     | {"optimise_prompt", "prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
     | {"reward_bench", "reward_scores", "reward_show"}
     | {

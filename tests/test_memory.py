@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fitting_kit
 import pytest
 import torch
 from safetensors import torch as safetensors_torch
 from torch import nn
-from training_kit import config, preferences
+from training_kit import captioned, config, preferences
 from typer.testing import CliRunner
 from wan_kit import clip_pairs
 
@@ -21,9 +22,11 @@ from mmalign import distributed, memory, train
 from mmalign.cli import app
 from mmalign.jobs_inputs import Model
 from mmalign.memory import Work
+from mmalign.memory_show import show
 from mmalign.models import base
 from mmalign.models.skeleton import fake_mode, skeleton
 from mmalign.models.tracing import Traced, size_of, without_values
+from mmalign.tasks.autoencoder import AutoencoderTask
 from mmalign.tasks.buckets import Targets
 from mmalign.tasks.inputs import Size
 from mmalign.tasks.preference import PreferenceTask
@@ -273,7 +276,38 @@ def test_models_that_go_on_from_a_picture_are_told_it(maker: Callable[..., Path]
     assert ("image_encoder" in {part.name for part in told.parts}) == (name == "wan")
 
 
-def test_other_tasks_are_refused(tmp_path: Path, folders: Callable[[str], Path]) -> None:
-    wanted = settings(tmp_path, folders("sd"), "sd", task="autoencoder", loss={"kind": "reconstruction"}, lora=None)
-    with pytest.raises(ValueError, match="preference and sft"):
+@pytest.mark.parametrize("name", ["sd", "wan"])
+def test_an_autoencoder_takes_what_a_real_step_takes(name: str, tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    """Pictures, and clips of nine frames: gradients and optimiser to the byte, FLOPs, and the peak within 5 %."""
+    table = captioned(tmp_path)
+    if name == "wan":
+        clip_pairs(tmp_path)
+        rows = [{"prompt": "a", "media": str(path)} for path in sorted(tmp_path.glob("*.mp4"))]
+        (table := tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = config(
+        tmp_path / "run", folders(name), table, task="autoencoder", loss={"kind": "reconstruction"}, lora=None,
+        data__cache="off", optim__batch_size=2, **({"data__frames": 9} if name == "wan" else {}),
+    )  # fmt: skip
+    found = memory.estimate(wanted)
+    wanted.output.mkdir(parents=True)
+    task = AutoencoderTask(wanted, torch.device("cpu"))
+    loop = train.Loop(wanted, task, distributed.accelerator(wanted, torch.device("cpu")))
+    batch = task.load(loop.positions(0, 0))
+    with Traced() as traced:
+        task.loss(batch)[0].backward()
+    assert found.step.forward_flops + found.step.backward_flops == traced.flops > 0
+    print(f"{name}: {found.step.peak:,} estimated, {traced.peak:,} measured")
+    assert found.step.peak == pytest.approx(traced.peak, rel=0.05)
+    trained = list(loop.named.values())
+    assert found.gradients == sum(4 * p.numel() for p in trained) == sum(p.grad.nbytes for p in trained)
+    loop._update(batch)
+    state = [value for each in loop.optimizer.state_dict()["state"].values() for value in each.values()]
+    assert found.optimiser == sum(value.nbytes for value in state)
+    assert found.total == max(found.phases.values()) and set(found.phases) == {"step", "update"}
+    show(found)
+
+
+def test_rewards_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    wanted = fitting_kit.config(tmp_path / "run", {"table": str(tmp_path / "pairs.jsonl")})
+    with pytest.raises(memory.NotEstimatedError, match=r"task: reward.*memory\.measured in run\.json"):
         memory.estimate(wanted)

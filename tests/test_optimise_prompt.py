@@ -16,8 +16,10 @@ from mmalign.discovery import load_evaluator
 from mmalign.evaluation import Batch
 from mmalign.guidance import prompts as bandits
 from mmalign.jobs_prompts import PromptsConfig
-from mmalign.media import read_image
+from mmalign.media import read_image, read_video
+from mmalign.provenance import read_provenance
 from mmalign.stats import mean_ci
+from mmalign.testing.tiny_video import tiny_wan
 
 ROOT = Path(__file__).resolve().parents[1]
 BOLD = {"name": "shapes_truth", "params": {"annotator": "bold"}, "subscore": "utility"}
@@ -224,10 +226,108 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], said: 
         _config(Path("x"), **changes)
 
 
-def test_a_model_of_clips_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmalign.models import base
+# ------------------------------------------------------------------------------------------------ clips
 
-    monkeypatch.setattr(base, "modality_of", lambda model: "video")
-    with pytest.raises(ValueError, match="draws clips"):
-        optimise_prompt.run(_config(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+STILLS = (0, 1, 2, 3, 5, 6, 7, 8)  # of nine frames, eight evenly spaced
+MOTION = [
+    {"name": "shapes_motion", "subscore": "VQ"},
+    {"name": "shapes_place", "weight": 0.5},
+]
+
+
+@pytest.fixture(scope="module", name="wan")
+def _wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan(tmp_path_factory.mktemp("wan") / "wan")
+
+
+def _of_clips(wan: Path, output: Path, **changes: Any) -> PromptsConfig:
+    judge = {"kind": "evaluator", "rewards": MOTION, "reward_frames": 8}
+    told = {"frames": 9, "fps": 12.0, "height": 32, "width": 32, "lossless": True, "comparisons": 3}
+    words = {"kind": "template", "text": "a {small |large |}red circle moves left{ quickly|}"}
+    wish = "a red circle moves left"
+    drawn = {"model": {"path": wan}, "scheduler": "own", "candidates": words, "wish": wish, "judge": judge}
+    return _config(output, **{**drawn, **told, **changes})
+
+
+@pytest.fixture(scope="module", name="filmed")
+def _filmed(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("clips") / "out"
+    optimise_prompt.run(_of_clips(wan, output))
+    return output
+
+
+def test_the_judge_sees_clips_whole_and_evaluators_of_images_their_frames(filmed: Path) -> None:
+    """Each score again from the files: the motion reader on all nine frames, the reader of places on eight of them."""
+    motion = load_evaluator("shapes_motion", {}, "cpu")
+    place = load_evaluator("shapes_place", {}, "cpu")
+    wish, rows = "a red circle moves left", _lines(filmed)
+    assert len(rows) == 3
+    for row in rows:
+        for k, score in zip((row["a"], row["b"]), row["scores"], strict=True):
+            alone = []
+            for seed in row["seeds"]:
+                clip = read_video(filmed / "videos" / f"{k:05d}-{seed}.mp4")
+                assert clip.frames.shape == (9, 3, 32, 32) and clip.fps == 12.0
+                seen = motion.score(Batch(frames=[clip.frames], prompts=[wish], fps=[12.0], aux=[{}]))
+                found = place.score(Batch(images=[clip.frames[at] for at in STILLS], prompts=[wish] * 2))
+                where = found if isinstance(found, torch.Tensor) else next(iter(found.values()))
+                assert isinstance(seen, dict)
+                alone.append(seen["VQ"].item() + 0.5 * where.double().mean().item())
+            assert score == pytest.approx(np.mean(alone), abs=1e-5)
+        gap = row["scores"][0] - row["scores"][1]
+        assert row["share"] == (np.sign(gap) + 1) / 2
+
+
+def test_clips_tell_how_they_were_drawn(filmed: Path) -> None:
+    row, candidates = _lines(filmed)[0], bandits.expand("a {small |large |}red circle moves left{ quickly|}")
+    clip = filmed / "videos" / f"{row['a']:05d}-{row['seeds'][1]}.mp4"
+    found = read_provenance(clip)
+    assert found is not None and found == json.loads(clip.with_suffix(".json").read_text())
+    assert (found["prompt"], found["seed"]) == (candidates[row["a"]].prompt, row["seeds"][1])
+    assert (found["frames"], found["fps"], found["steps"]) == (9, 12.0, 2) and "transformer" in found["model"]["parts"]
+
+
+def test_clips_go_on_to_the_same_bytes(filmed: Path, wan: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(filmed, output)
+    lines = (output / "comparisons.jsonl").read_text().splitlines(keepends=True)
+    (output / "comparisons.jsonl").write_text("".join(lines[:1]))
+    later = [path for path in sorted((output / "videos").glob("*.mp4")) if int(path.stem.split("-")[1]) > 1]
+    for path in later[::2]:
+        path.unlink()
+    optimise_prompt.run(_of_clips(wan, output))
+    for path in [filmed / "comparisons.jsonl", filmed / "best.json", *(filmed / "videos").iterdir()]:
+        assert (output / path.relative_to(filmed)).read_bytes() == path.read_bytes()
+    with pytest.raises(ValueError, match="made with other values of: fps"):
+        optimise_prompt.run(_of_clips(wan, output, fps=8.0))
+
+
+def test_people_are_shown_clips_that_play(wan: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    person = {"judge": {"kind": "person"}, "comparisons": 1, "bandit": {"initial": 1, "hidden": []}}
+    optimise_prompt.run(_of_clips(wan, output, **person))
+    page = (output / "to_compare.html").read_text()
+    assert page.count("<video") == page.count("data:video/mp4") == 2
+    (asked,) = [json.loads(line) for line in (output / "to_compare.jsonl").read_text().splitlines()]
+    assert asked["a"].endswith("-a.mp4") and asked["prompt"] == "a red circle moves left"
+    (drawn,) = optimise_prompt.propose(_of_clips(wan, output, **person), torch.zeros(6, 2).double(), [])
+    beside = read_video(output / asked["a"])
+    assert beside.frames.shape == (9, 3, 32, 64) and beside.fps == 12.0, "both clips of a prompt, side by side"
+    for half, seed in zip(beside.frames.split(32, dim=3), drawn.seeds, strict=True):
+        own = read_video(output / "videos" / f"{drawn.a:05d}-{seed}.mp4").frames
+        assert (half.float() - own.float()).abs().mean() < 32, "the sheet is lossy, and 4:2:0"
+    (output / "answers.jsonl").write_text(json.dumps({**asked, "answer": "B"}) + "\n")
+    found = json.loads(optimise_prompt.run(_of_clips(wan, output, **person)).read_text())
+    assert found["comparisons"] == 1 and [row["share"] for row in _lines(output)] == [0.0]
+
+
+def test_what_cannot_be_drawn_or_judged_is_refused_before_anything_is_written(wan: Path, tmp_path: Path) -> None:
+    goes_on = tiny_wan(tmp_path / "i2v", image=True)
+    for changes, said in (
+        ({"model": {"path": goes_on}}, "go on from a picture"),
+        ({"frames": 6}, "frames: 6 frames do not fit"),
+        ({"model": {"path": ROOT / "assets" / "shapes-sd"}}, "frames: the model of .* draws pictures"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            optimise_prompt.run(_of_clips(wan, tmp_path / "out", **changes))
+        assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,7 @@ class AutoencoderTask:
         self.items, dropped = sources.singles(config.data)
         self.size = len(self.items)
         self.adapter = base.load(config.model, device=device)
-        if not isinstance(self.adapter.vae, AutoencoderKL | AutoencoderKLWan):
-            raise ValueError(
-                f"task: autoencoder trains an AutoencoderKL or AutoencoderKLWan, and {config.model.path} has "
-                f"{type(self.adapter.vae).__name__}; take a model of another family (sd, sdxl, sd3, flux, pixart, wan)"
-            )
-        check_sizes(self.adapter, config.data)
-        self.vae = self.adapter.vae.requires_grad_(True).train()
-        if device.type == "cpu":
-            _lay_out(self.vae, torch.channels_last, torch.channels_last_3d)
+        self.vae = trainable(self.adapter, config, device)
         self.modules = nn.ModuleDict({"vae": self.vae})
         self.facts: dict[str, Any] = {"data": dropped, "contents": sources.digest(self.items)}
 
@@ -55,14 +48,8 @@ class AutoencoderTask:
         return {"pixels": torch.stack(pixels), "generators": generators, "items": [i for i, _ in positions]}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.objective
         pixels = batch["pixels"].to(self.adapter.device)
-        posterior = self.vae.encode(pixels).latent_dist
-        unit = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in batch["generators"]])
-        decoded = self.vae.decode(posterior.mean + posterior.std * unit.to(pixels.device)).sample
-        mean, var = posterior.mean, posterior.var  # not posterior.kl(), which takes pictures alone
-        kl = 0.5 * (mean.square() + var - 1 - posterior.logvar).flatten(1).mean(1)
-        return supervised.reconstruction(pixels, decoded, kl, l1=loss.l1, l2=loss.l2, kl_weight=loss.kl)
+        return losses(self.vae, self.objective, pixels, batch["generators"])
 
     @torch.no_grad()
     def validate(self, folder: Path, step: int) -> None:
@@ -97,6 +84,36 @@ class AutoencoderTask:
 
     def describe(self, batch: dict[str, Any]) -> str:
         return ", ".join(self.items[i].media.name for i in batch["items"])
+
+
+def trainable(adapter: Any, config: TrainConfig, device: torch.device) -> Any:
+    """The adapter's autoencoder as it is trained.
+
+    Raises:
+        ValueError: it is of another kind than this trains, or the data's sizes do not fit it.
+    """
+    if not isinstance(adapter.vae, AutoencoderKL | AutoencoderKLWan):
+        raise ValueError(
+            f"task: autoencoder trains an AutoencoderKL or AutoencoderKLWan, and {config.model.path} has "
+            f"{type(adapter.vae).__name__}; take a model of another family (sd, sdxl, sd3, flux, pixart, wan)"
+        )
+    check_sizes(adapter, config.data)
+    vae = adapter.vae.requires_grad_(True).train()
+    if device.type == "cpu":
+        _lay_out(vae, torch.channels_last, torch.channels_last_3d)
+    return vae
+
+
+def losses(
+    vae: Any, objective: Reconstruction, pixels: Tensor, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and metrics of pixels [B, 3, (F,) H, W] in [-1, 1]; a generator for the noise of each."""
+    posterior = vae.encode(pixels).latent_dist
+    unit = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators])
+    decoded = vae.decode(posterior.mean + posterior.std * unit.to(pixels.device)).sample
+    mean, var = posterior.mean, posterior.var  # not posterior.kl(), which takes pictures alone
+    kl = 0.5 * (mean.square() + var - 1 - posterior.logvar).flatten(1).mean(1)
+    return supervised.reconstruction(pixels, decoded, kl, l1=objective.l1, l2=objective.l2, kl_weight=objective.kl)
 
 
 def _lay_out(vae: nn.Module, flat: torch.memory_format, deep: torch.memory_format) -> None:
