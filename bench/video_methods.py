@@ -21,13 +21,13 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from methods import alone, ledger
-from video_methods_table import table
+from video_methods_table import SWEEP_SEED, table
 
 from mmalign import sample, train
 from mmalign.config import load
@@ -45,6 +45,7 @@ CLIPS = 32  # of a step, whatever the method takes: 16 pairs, 8 lists of four
 LOSSES = {
     "flow_dpo": ["loss.kind=flow_dpo"],
     "flow_dpo_late": ["loss.kind=flow_dpo", "loss.beta_schedule=(1-t)^2"],
+    "flow_dpo_late_same": ["loss.kind=flow_dpo", "loss.beta_schedule=(1-t)^2"],  # with the beta of the constant one
     "rwr": ["loss={kind: rwr, weighting: softmax, temperature: 0.1}"],
     "sft": ["loss={kind: best_of_group}"],
 }
@@ -53,10 +54,19 @@ WEIGHTS = {  # VQ:MQ:TA
     "1:1:1": (1.0, 1.0, 1.0), "1:0:0": (1.0, 0.0, 0.0), "0:1:0": (0.0, 1.0, 0.0), "0:0:1": (0.0, 0.0, 1.0),
     "1:1:4": (1.0, 1.0, 4.0), "2:2:1": (2.0, 2.0, 1.0),
 }  # fmt: skip
+CHOSEN: dict[str, tuple[float, float]] = {
+    "flow_dpo": (3e-4, 100.0), "flow_dpo_late": (3e-4, 2500.0), "flow_dpo_late_same": (3e-4, 100.0),
+    "rwr": (1e-4, 0.0), "sft": (1e-4, 0.0),
+}  # fmt: skip
+"""lr, and beta of Flow-DPO with mean errors, that the sweep's mean of axes was highest with."""
+SWEPT = [
+    *product(("flow_dpo", "flow_dpo_late"), (3e-4, 1e-3), (20.0, 100.0, 500.0, 2500.0)),
+    *product(LISTS, (1e-4, 3e-4, 1e-3), (0.0,)),
+]
 CELLS = [
     *((method, "1:1:1") for method in LOSSES),
     *(("flow_dpo", weights) for weights in WEIGHTS if weights != "1:1:1"),
-    *((method, "0:0:1") for method in ("flow_dpo_late", "rwr", "sft")),
+    *((method, "0:0:1") for method in ("flow_dpo_late", "flow_dpo_late_same", "rwr", "sft")),
 ]
 
 
@@ -161,14 +171,19 @@ def one(cell: dict[str, Any], settings: argparse.Namespace) -> None:
 
 
 def queue(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The cells that were asked for, seed by seed."""
+    sizes = {"steps": settings.steps, "captions": settings.captions}
     wanted = settings.cells.split(",") if settings.cells else None
+    if settings.sweep:
+        for method, lr, beta in SWEPT:
+            if wanted is None or method in wanted:
+                yield {"method": method, "weights": "1:1:1", "seed": SWEEP_SEED, "lr": lr, "beta": beta, **sizes}
+        return
     for seed in settings.seeds:
         for method, weights in CELLS:
             if wanted is None or method in wanted or f"{method}@{weights}" in wanted:
-                yield {
-                    "method": method, "weights": weights, "seed": seed, "lr": settings.lr, "steps": settings.steps,
-                    "beta": settings.beta, "captions": settings.captions,
-                }  # fmt: skip
+                lr, beta = CHOSEN[method]
+                yield {"method": method, "weights": weights, "seed": seed, "lr": lr, "beta": beta, **sizes}
 
 
 def main() -> None:
@@ -176,8 +191,7 @@ def main() -> None:
     parser.add_argument("--cells", help="comma-separated: method, or method@VQ:MQ:TA; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--beta", type=float, default=500.0, help="of Flow-DPO, with mean errors")
+    parser.add_argument("--sweep", action="store_true", help="learning rates and betas, on a seed of their own")
     parser.add_argument("--captions", type=int, default=192, help="that the base model draws four clips for")
     parser.add_argument("--held-out", type=int, default=192, help="captions that are judged at the end")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-video"))

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+SWEEP_SEED = 9  # settings are chosen on it, and it is in no table of results
 AXES = ("VQ", "MQ", "TA")
 NAMES = {
-    "flow_dpo": "Flow-DPO, beta constant", "flow_dpo_late": "Flow-DPO, beta (1 - t)^2", "rwr": "Flow-RWR",
-    "sft": "SFT on the best of four",
+    "flow_dpo": "Flow-DPO, beta constant", "flow_dpo_late": "Flow-DPO, beta (1 - t)^2",
+    "flow_dpo_late_same": "Flow-DPO, beta (1 - t)^2", "rwr": "Flow-RWR", "sft": "SFT on the best of four",
 }  # fmt: skip
 
 

@@ -185,21 +185,12 @@ def _draw(
     config: PromptsConfig, candidates: Sequence[bandits.Candidate], asked: Sequence[Comparison], adapter: Adapter,
     told: Callable[[sample.Request], provenance.Record | None],
 ) -> None:  # fmt: skip
-    """The pictures or clips of a round that are not there yet.
-
-    A batch that lacks one is drawn again as a whole, since other neighbours could turn a last bit.
-    """
+    """The pictures or clips of a round that are not there yet."""
     wanted = list(
         {_request(candidates, k, seed): None for each in asked for k in (each.a, each.b) for seed in each.seeds}
     )
     settings, clips = _sampling(config), isinstance(adapter, VideoAdapter)
-    batches = [wanted[at : at + config.batch_size] for at in range(0, len(wanted), config.batch_size)]
-    missing = [
-        request
-        for batch in batches
-        if not all(sample.place(config.output, each, clips).is_file() for each in batch)
-        for request in batch
-    ]
+    missing = sample.lacking(config.output, wanted, clips, config.batch_size)
     for part, images in sample.generate(adapter, missing, settings):
         for request, image in zip(part, images, strict=True):
             sample.write(settings, sample.place(config.output, request, clips), image, adapter, told(request))

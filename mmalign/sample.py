@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def run(config: SampleConfig) -> Path:
             raise ValueError("guidance steers what is drawn from text alone; drop it, or use a text-to-video model")
         wanted = _with_images(config, wanted)
     same = _check_same(config, [request.image for request in wanted if request.image])
-    missing = [request for request in wanted if not place(folder, request, clips).is_file()]
+    missing = lacking(folder, wanted, clips, config.batch_size)
     missing = guided.with_sets(wanted, missing, config.guidance)
     adapter = load(config, device) if missing else None
     with alone_in(folder, "mmalign sample"):
@@ -324,6 +324,12 @@ def teller(
 def place(folder: Path, request: Request, clips: bool) -> Path:
     """Where a request's picture or clip lies in the folder of a run."""
     return folder / ("videos" if clips else "images") / f"{request.sample}{'.mp4' if clips else '.png'}"
+
+
+def lacking(folder: Path, wanted: Sequence[Request], clips: bool, batch_size: int) -> list[Request]:
+    """The requests of every batch that lacks a file: with other neighbours a last bit of what is drawn could turn."""
+    batches = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+    return [each for batch in batches if not all(place(folder, r, clips).is_file() for r in batch) for each in batch]
 
 
 def write(

@@ -174,6 +174,26 @@ def test_a_stopped_run_keeps_its_pictures(
         assert np.abs(picture.astype(int) - found[name]).max() <= 1
 
 
+@pytest.mark.parametrize("lost", [[1], [0, 3], [0, 1, 2]])
+def test_a_batch_that_lacks_a_picture_is_drawn_whole(
+    models: dict[str, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: list[int]
+) -> None:
+    config = _config(models["sd"], prompts, tmp_path / "out", batch_size=3)
+    sample.run(config)
+    files = sorted((tmp_path / "out/images").glob("*.png"))
+    before = {path: path.read_bytes() for path in files}
+    for place in lost:
+        files[place].unlink()
+    batches: list[int] = []
+    generate = sample.generate
+    monkeypatch.setattr(
+        sample, "generate", lambda model, wanted, how: (batches.append(len(wanted)), generate(model, wanted, how))[1]
+    )
+    sample.run(config)
+    assert {path: path.read_bytes() for path in files} == before
+    assert batches == [4 if 3 in lost else 3]  # four in all: a batch of three, and one of one
+
+
 def test_a_finished_run_loads_no_model(
     models: dict[str, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
