@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from training_kit import records, settings
 from video_kit import FRAMES, PROMPTS, SIDE, clip_preferences, close, deterministic, generators, start, times
+from wan_kit import tiny_a14b, tiny_ti2v
 
 from mmalign import sample, train
 from mmalign.jobs import SampleConfig, TrainConfig
@@ -36,6 +37,8 @@ MAKERS = {
     "cogvideox-1.5": partial(tiny.tiny_cogvideox, kind="1.5", image=True),
     "ltx-0.9.0": partial(tiny.tiny_ltx, image=True),
     "ltx-0.9.1": partial(tiny.tiny_ltx, image=True, told_time=True),
+    "wan-2.2-a14b": partial(tiny_a14b, image=True),
+    "wan-2.2-ti2v": partial(tiny_ti2v, image=True),
 }
 
 
