@@ -260,7 +260,7 @@ def _usage(
     lines = [f"from diffusers import {name}", "", f'pipe = {name}.from_pretrained("{source}"{told})']
     if expert and not lora:
         part = "transformer" if expert == "high" else "transformer_2"
-        lines = ["from diffusers import WanTransformer3DModel, WanPipeline", ""]
+        lines = [f"from diffusers import WanTransformer3DModel, {name}", ""]
         lines.append(f'part = WanTransformer3DModel.from_pretrained("path/to/this/folder", subfolder="{part}")')
         lines.append(f'pipe = {name}.from_pretrained("{base_model}", {part}=part)')
     elif lora and expert == "low":

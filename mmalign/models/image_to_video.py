@@ -63,6 +63,14 @@ class FromImage(VideoAdapter):
             moments[:, 1, :, :1] = 0
         return moments
 
+    def given(self, condition: Condition) -> tuple[Condition, Tensor]:
+        """A condition without the latents of first frames, and these. ValueError where it has none."""
+        if "image_latents" not in condition:
+            raise ValueError(
+                f"{self.family} is told the first frame: join what encode_images makes of it to the prompts' condition"
+            )
+        return {name: value for name, value in condition.items() if name != "image_latents"}, condition["image_latents"]
+
     def token_times(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
         """t [B] for each token [B, L] of latents of this shape; 0 in the first latent frame."""
         frames = torch.ones(shape[2], device=t.device)
@@ -101,6 +109,10 @@ class CogVideoXImage(FromImage, CogVideoX):
         rest = first.new_zeros(*first.shape[:2], self.latent_frames(frames) - 1, *first.shape[3:])
         return {"image_latents": torch.cat([first, rest], dim=2)}
 
+    def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
+        self.given(condition)
+        return super().predict(noisy, t, condition, denoiser)
+
 
 class LTXVideoImage(FromImage, LTXVideo):
     """Adapter for folders that `LTXImageToVideoPipeline.save_pretrained` wrote.
@@ -118,8 +130,8 @@ class LTXVideoImage(FromImage, LTXVideo):
         return {"image_latents": self.first_latents(images)}
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
-        known = dict(condition)
-        first, t = known.pop("image_latents").to(noisy), t.to(noisy.device)
+        known, first = self.given(condition)
+        first, t = first.to(noisy), t.to(noisy.device)
         found = super().predict(with_first(noisy, first), self.token_times(t, tuple(noisy.shape)), known, denoiser)
         return with_first(found, known_velocity(noisy, t, first))
 
@@ -182,12 +194,8 @@ class WanImage(FromImage, Wan):
         return found
 
     def _velocity(self, model: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        known = dict(condition)
-        if "image_latents" not in known:
-            raise ValueError(
-                "wan_i2v is told the first frame: join what encode_images makes of it to the condition of the prompt"
-            )
-        given = known.pop("image_latents").to(noisy)
+        known, given = self.given(condition)
+        given = given.to(noisy)
         if not self.keeps_first:
             return super()._velocity(model, torch.cat([noisy, given], dim=1), timestep, known)
         found = super()._velocity(model, with_first(noisy, given), timestep, known)
