@@ -34,6 +34,7 @@ WITHOUT_COMFYUI = {
     "cogvideox": "ComfyUI's LoRA loader has no names for it",
     "cogvideox_i2v": "the same",
     "hunyuan_video": "ComfyUI joins its projections into one, which LoRAs of each cannot be",
+    "hunyuan_video_i2v": "the same",
 }
 """Families whose LoRA is not written for ComfyUI, and why."""
 

@@ -1,4 +1,4 @@
-"""Wan 2.2 from a picture: each of A14B's two transformers against the pipeline, trained and exported; what is refused."""
+"""Wan 2.2 from a picture: each of A14B's two transformers against the pipeline, trained and exported; refusals."""
 
 from __future__ import annotations
 

@@ -48,6 +48,23 @@ class FromImage(VideoAdapter):
             ]
         )
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, frames: int) -> Condition:
+        """image_latents, and what `look` adds."""
+        return {"image_latents": self.image_latents(images, frames), **self.look(images)}
+
+    def image_latents(self, images: Tensor, frames: int) -> Tensor:
+        """What the denoiser is given as latents, of images [B, 3, H, W] in [-1, 1]: by default [B, C, 1, h, w]."""
+        return self.first_latents(images)
+
+    def look(self, images: Tensor) -> Condition:
+        """What a vision tower, or its processor, makes of images [B, 3, H, W] in [-1, 1]; nothing by default."""
+        return {}
+
+    def blank(self, rows: int) -> Condition:
+        """Tensors as `look` returns them, of unknown values: memory is estimated without pictures."""
+        return {}
+
     def first_latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], each a clip of one frame, to the means of their latents [B, C, 1, h, w]."""
         with exact(self.device), torch.no_grad():
@@ -101,13 +118,13 @@ class CogVideoXImage(FromImage, CogVideoX):
     pipeline_class: Any = CogVideoXImageToVideoPipeline
     beside = ("image_latents",)
 
-    def encode_images(self, images: Tensor, frames: int) -> Condition:
-        """image_latents [B, C, T, h, w]."""
+    def image_latents(self, images: Tensor, frames: int) -> Tensor:
+        """[B, C, T, h, w]."""
         first = self.first_latents(images)
         if self.vae.config.invert_scale_latents:  # of 1.5, whose training divided here
             first = first / self.vae.config.scaling_factor**2
         rest = first.new_zeros(*first.shape[:2], self.latent_frames(frames) - 1, *first.shape[3:])
-        return {"image_latents": torch.cat([first, rest], dim=2)}
+        return torch.cat([first, rest], dim=2)
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
         self.given(condition)
@@ -124,10 +141,6 @@ class LTXVideoImage(FromImage, LTXVideo):
     family = "ltx_i2v"
     pipeline_class: Any = LTXImageToVideoPipeline
     keeps_first = True
-
-    def encode_images(self, images: Tensor, frames: int) -> Condition:
-        """image_latents [B, C, 1, h, w]."""
-        return {"image_latents": self.first_latents(images)}
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
         known, first = self.given(condition)
@@ -158,7 +171,7 @@ class WanImage(FromImage, Wan):
             self.lora_targets = Wan.lora_targets
         if told.image_dim is not None and None in (pipe.image_encoder, pipe.image_processor):
             raise ValueError(
-                f"{path}: the transformer is told the states of a vision tower (Wan 2.1), and the folder comes without; "
+                f"{path}: the transformer is told the states of a vision tower (Wan 2.1), and the folder has none; "
                 "give it with its processor: model.components: {image_encoder: path, image_processor: path}"
             )
         channels = self.channels if self.keeps_first else 2 * self.channels + self.temporal
@@ -173,25 +186,32 @@ class WanImage(FromImage, Wan):
         tower = self.pipe.image_encoder
         return [*super().frozen(), *([] if tower is None else [tower])]
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor, frames: int) -> Condition:
-        """image_latents [B, r + C, T, h, w] with the autoencoder's stride r in time, of TI2V [B, C, 1, h, w]; where
-        there is a vision tower its encoder_hidden_states_image [B, L, D].
-        """
+    def image_latents(self, images: Tensor, frames: int) -> Tensor:
+        """[B, r + C, T, h, w] with the autoencoder's stride r in time; of TI2V [B, C, 1, h, w]."""
         if self.keeps_first:
-            return {"image_latents": self.first_latents(images)}
+            return self.first_latents(images)
         clip = torch.cat(
             [images[:, :, None], images.new_zeros(*images.shape[:2], frames - 1, *images.shape[2:])], dim=2
         )
         latents = self.encode_media(clip)[:, 0]
         mask = latents.new_zeros(len(latents), self.temporal, *latents.shape[2:])
         mask[:, :, 0] = 1
-        found = {"image_latents": torch.cat([mask, latents], dim=1)}
-        if self.denoiser.config.image_dim is not None:
-            with exact(self.device):
-                states = self.pipe.encode_image(pictures(images), self.device)
-            found["encoder_hidden_states_image"] = states.float()
-        return found
+        return torch.cat([mask, latents], dim=1)
+
+    def look(self, images: Tensor) -> Condition:
+        """encoder_hidden_states_image [B, L, D], where there is a vision tower."""
+        if self.denoiser.config.image_dim is None:
+            return {}
+        with exact(self.device):
+            states = self.pipe.encode_image(pictures(images), self.device)
+        return {"encoder_hidden_states_image": states.float()}
+
+    def blank(self, rows: int) -> Condition:
+        if self.denoiser.config.image_dim is None:
+            return {}
+        seen = self.pipe.image_encoder.config
+        tokens = (seen.image_size // seen.patch_size) ** 2 + 1
+        return {"encoder_hidden_states_image": torch.empty(rows, tokens, seen.hidden_size)}
 
     def _velocity(self, model: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         known, given = self.given(condition)
