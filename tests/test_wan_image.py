@@ -126,6 +126,16 @@ def test_the_loss_of_one_part_is_told_the_clips_own_first_frames(
     assert all(((low * 1000 <= c["timestep"]) & (c["timestep"] <= high * 1000)).all() for c in calls)
 
 
+def test_a_folder_of_ti2v_from_text_is_made_into_one_from_pictures(tmp_path: Path) -> None:
+    """As the page of video families has it; the published folder names WanPipeline."""
+    text = tiny_ti2v(tmp_path / "text")
+    pipe = WanImageToVideoPipeline.from_pretrained(text, image_encoder=None, image_processor=None)
+    pipe.save_pretrained(tmp_path / "image")
+    adapter: Any = base.load(Model(path=tmp_path / "image"))
+    assert adapter.family == "wan_i2v" and adapter.keeps_first
+    assert _condition(adapter, _picture())["image_latents"].shape == (1, 6, 1, 4, 4)
+
+
 def test_what_does_not_fit_is_named(a14b: Path, tmp_path: Path) -> None:
     adapter: Any = base.load(Model(path=tiny_ti2v(tmp_path / "ti2v", image=True)))
     for each in (adapter, base.load(Model(path=a14b))):
