@@ -147,9 +147,10 @@ def tiny_llava(tokenizer: PreTrainedTokenizerFast, side: int) -> LlavaForConditi
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=side,
         patch_size=side // 24,
     )  # fmt: skip
+    told: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}  # the pipeline reads it beside text_config
     return LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=vision, text_config=_llama_config(tokenizer), pad_token_id=tokenizer.pad_token_id,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            vision_config=vision, text_config=_llama_config(tokenizer),
+            image_token_index=tokenizer.get_vocab()["<image>"], **told,
         )
     )  # fmt: skip
