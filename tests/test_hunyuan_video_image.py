@@ -98,6 +98,22 @@ def test_a_pair_of_prompt_and_first_frame_is_read_once(kind: str, folders: dict[
     assert (states[0] - states[1]).abs().max() > 1e-4, "one prompt, the first frames of two clips"
 
 
+def test_both_kinds_may_share_a_cache(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The published ones have the same autoencoder and encoders, and are told other things of the same clips."""
+    alike = {"vae": str(folders["token_replace"] / "vae")}
+    told = {"data__cache_dir": str(tmp_path / "cache"), "model__components": alike}
+    found = []
+    for kind, cache in (("token_replace", "disk"), ("latent_concat", "disk"), ("latent_concat", "off")):
+        task = PreferenceTask(_task(tmp_path, folders[kind], data__cache=cache, **told), torch.device("cpu"))
+        batch = task.load([(0, 0)])
+        found.append((task._inputs(batch)[2], batch["fetched"][0].moments))
+    (_, kept), (second, drawn), (expected, plain) = found
+    for name, value in expected.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5)
+    assert not kept[1, :, 0].any() and drawn[1, :, 0].all(), "a frame that is kept has no deviation"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_counts_the_model_that_sees(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     found = memory.estimate(_task(tmp_path, folders[kind]))

@@ -198,6 +198,17 @@ def test_a_lora_is_trained_with_first_frames(name: str, folders: dict[str, Path]
     assert "load_image" in (runs[0] / "export" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["wan-2.2-a14b", "wan-2.2-ti2v", "hunyuan-concat", "hunyuan-replace"])
+def test_half_precision(name: str, folders: dict[str, Path]) -> None:
+    """bfloat16 weights take what the adapter feeds."""
+    whole: Any = base.load(Model(path=folders[name]))
+    half: Any = base.load(Model(path=folders[name]), dtype=torch.bfloat16, vae_dtype=torch.float32)
+    noisy, t = _start(whole), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        expected, found = (each.predict(noisy, t, _condition(each)) for each in (whole, half))
+    assert (found.float() - expected).norm() < 0.1 * expected.norm()
+
+
 def _sample(model: Path, home: Path, **changes: Any) -> SampleConfig:
     for i, picture in enumerate(_pictures()):
         write_image(home / f"{i}.png", np.array(picture))
