@@ -34,6 +34,7 @@ WITHOUT_COMFYUI = {
     "cogvideox": "ComfyUI's LoRA loader has no names for it",
     "cogvideox_i2v": "the same",
     "hunyuan_video": "ComfyUI joins its projections into one, which LoRAs of each cannot be",
+    "hunyuan_video_i2v": "the same",
 }
 """Families whose LoRA is not written for ComfyUI, and why."""
 
@@ -260,7 +261,7 @@ def _usage(
     lines = [f"from diffusers import {name}", "", f'pipe = {name}.from_pretrained("{source}"{told})']
     if expert and not lora:
         part = "transformer" if expert == "high" else "transformer_2"
-        lines = ["from diffusers import WanTransformer3DModel, WanPipeline", ""]
+        lines = [f"from diffusers import WanTransformer3DModel, {name}", ""]
         lines.append(f'part = WanTransformer3DModel.from_pretrained("path/to/this/folder", subfolder="{part}")')
         lines.append(f'pipe = {name}.from_pretrained("{base_model}", {part}=part)')
     elif lora and expert == "low":

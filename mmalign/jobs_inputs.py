@@ -25,8 +25,9 @@ FAMILIES = {
     "cogvideox": "CogVideoX 2B, 5B and 1.5 text-to-video: transformer over space and time, v prediction, T5",
     "hunyuan_video": "HunyuanVideo text-to-video: flow matching, LLaMA and CLIP, guidance as an input",
     "ltx": "LTX-Video text-to-video: flow matching, packed tokens, strongly compressing autoencoder, T5",
-    "wan_i2v": "Wan 2.1 image-to-video: told the first frame, in latents and by a vision tower",
+    "wan_i2v": "Wan 2.1 and 2.2 image-to-video: told the first frame, in latents and by a vision tower (2.1)",
     "cogvideox_i2v": "CogVideoX image-to-video (5B, 1.5): told the first frame's latents",
+    "hunyuan_video_i2v": "HunyuanVideo image-to-video: told the first frame, in latents and by LLaVA with the prompt",
     "ltx_i2v": "LTX-Video image-to-video: the first frame stays as it is",
     "animatediff": "AnimateDiff: Stable Diffusion 1.x with motion modules, eps prediction, an autoencoder of pictures",
 }
@@ -34,7 +35,7 @@ FAMILIES = {
 
 Family = Literal[
     "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",
-    "ltx", "wan_i2v", "cogvideox_i2v", "ltx_i2v", "animatediff",
+    "ltx", "wan_i2v", "cogvideox_i2v", "hunyuan_video_i2v", "ltx_i2v", "animatediff",
     "open_clip", "image_reward", "qwen2_vl", "latent",
 ]  # fmt: skip
 

@@ -219,6 +219,8 @@ def _buckets(found: Work, adapter: Any) -> Iterator[Bucket]:
 def _text(adapter: Any, rows: int) -> Pass:
     with Traced() as traced:
         condition = adapter.encode_prompt([""] * rows)
+        if adapter.sees_image:
+            condition = adapter.join(condition | adapter.blank(rows))
         kept = size_of(condition.values())
     return Pass(kept, traced.peak, traced.flops)
 
@@ -240,7 +242,8 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...], 
         noisy, target = process.noisy(latents, t, unit), process.target(latents, t, unit)
         before = traced.live if trains_text else None
         condition = adapter.encode_prompt([""] * rows, grad=trains_text)
-        condition = adapter.add_size(condition, torch.empty(rows, 6)) | _first_frames(adapter, rows, shape, size)
+        condition = adapter.add_size(condition, torch.empty(rows, 6)) | _first_frames(adapter, rows, size)
+        condition = adapter.join(condition)
         begun = traced.mark()
         flops = [traced.flops]
         prediction = adapter.predict(noisy, t, condition)
@@ -259,18 +262,12 @@ def _step(config: TrainConfig, adapter: Any, rows: int, shape: tuple[int, ...], 
 
 
 @torch.no_grad()
-def _first_frames(adapter: Any, rows: int, shape: tuple[int, ...], size: Size) -> dict[str, Tensor]:
+def _first_frames(adapter: Any, rows: int, size: Size) -> dict[str, Tensor]:
     """What an image-to-video model is told of first frames; nothing for others."""
     if not adapter.of_image:
         return {}
-    tower = getattr(adapter.pipe, "image_encoder", None)
-    if tower is None:
-        found: dict[str, Tensor] = adapter.encode_images(torch.empty(rows, 3, *size[:2]), size[-1])
-        return found
-    seen = tower.config  # Wan's, whose processor works on pictures and not on tensors
-    beside = torch.empty(rows, adapter.temporal + shape[0], *shape[1:])
-    states = torch.empty(rows, (seen.image_size // seen.patch_size) ** 2 + 1, seen.hidden_size)
-    return {"image_latents": beside, "encoder_hidden_states_image": states}
+    latents = adapter.image_latents(torch.empty(rows, 3, *size[:2]), size[-1])
+    return {"image_latents": latents, **adapter.blank(rows)}
 
 
 @torch.no_grad()

@@ -160,6 +160,12 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any], float]] = {
         5.6e9,
     ),
     "HunyuanVideo": ("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", {}, 12.8e9),
+    "HunyuanVideo-I2V": (
+        "HunyuanVideoImageToVideoPipeline",
+        "HunyuanVideoTransformer3DModel",
+        {"image_condition_type": "token_replace"},
+        12.8e9,
+    ),
     "LTX-Video": ("LTXPipeline", "LTXVideoTransformer3DModel", {}, 1.92e9),
     "AnimateDiff": (
         "AnimateDiffPipeline",

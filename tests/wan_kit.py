@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
 from mmalign.media import write_video
 from mmalign.records import MediaRef
@@ -13,18 +13,23 @@ from mmalign.tables import PreferenceRow, write_preferences
 from mmalign.testing.tiny_video import tiny_wan
 
 
-def tiny_a14b(path: Path, boundary: float = 0.875) -> Path:
-    """A pipeline with two transformers, of different weights, as Wan 2.2 A14B."""
+def tiny_a14b(path: Path, boundary: float = 0.875, *, image: bool = False) -> Path:
+    """A pipeline with two transformers, of different weights, as Wan 2.2 A14B; with `image` from a first frame."""
     pipe = WanPipeline.from_pretrained(tiny_wan(path.with_name(path.name + "-one")), local_files_only=True)
     torch.manual_seed(5)
-    second = WanTransformer3DModel.from_config(pipe.transformer.config)
     parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
-    WanPipeline(**parts, transformer_2=second, boundary_ratio=boundary).save_pretrained(str(path))
+    if image:
+        parts["transformer"] = WanTransformer3DModel.from_config({**pipe.transformer.config, "in_channels": 12})
+    second = WanTransformer3DModel.from_config(parts["transformer"].config)
+    kind = WanImageToVideoPipeline if image else WanPipeline
+    kind(**parts, transformer_2=second, boundary_ratio=boundary).save_pretrained(str(path))
     return path
 
 
-def tiny_ti2v(path: Path) -> Path:
-    """A pipeline with a residual autoencoder of patched pixels and times for each token, as Wan 2.2 TI2V-5B."""
+def tiny_ti2v(path: Path, *, image: bool = False) -> Path:
+    """A pipeline with a residual autoencoder of patched pixels and times for each token, as Wan 2.2 TI2V-5B; with
+    `image` from a first frame.
+    """
     pipe = WanPipeline.from_pretrained(tiny_wan(path.with_name(path.name + "-one")), local_files_only=True)
     torch.manual_seed(6)
     vae = AutoencoderKLWan(
@@ -35,7 +40,8 @@ def tiny_ti2v(path: Path) -> Path:
     told = {**pipe.transformer.config, "in_channels": 6, "out_channels": 6}
     transformer = WanTransformer3DModel.from_config(told)
     kept = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "scheduler")}
-    WanPipeline(**kept, vae=vae, transformer=transformer, expand_timesteps=True).save_pretrained(str(path))
+    kind = WanImageToVideoPipeline if image else WanPipeline
+    kind(**kept, vae=vae, transformer=transformer, expand_timesteps=True).save_pretrained(str(path))
     return path
 
 

@@ -39,6 +39,7 @@ class Adapter(ABC):
     fps: float | None = None  # at which the family's clips play, as it was trained, or as a job says
     frames: int = 1  # of a clip that the pipeline draws by default
     of_image: bool = False  # whether clips go on from a picture: the denoiser is told the first frame
+    sees_image: bool = False  # whether a text encoder is shown the first frame, so that `join` has to follow
     denoiser_name: str = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     unused: tuple[str, ...] = ()  # parts of the pipeline that are left out on loading
@@ -232,6 +233,12 @@ class Adapter(ABC):
         """The condition with what the family needs to know of picture sizes and crops.
 
         sizes [B, 6]: original height and width, top and left of the crop, target height and width, in pixels.
+        """
+        return condition
+
+    def join(self, condition: Condition) -> Condition:
+        """The condition of prompts and first frames as the denoiser takes it; other than it came where a text encoder
+        sees the frame (`sees_image`).
         """
         return condition
 

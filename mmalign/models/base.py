@@ -37,6 +37,10 @@ _CLASSES = {
     "CogVideoXPipeline": ("cogvideox", "mmalign.models.cogvideox:CogVideoX"),
     "CogVideoXImageToVideoPipeline": ("cogvideox_i2v", "mmalign.models.image_to_video:CogVideoXImage"),
     "HunyuanVideoPipeline": ("hunyuan_video", "mmalign.models.hunyuan_video:HunyuanVideo"),
+    "HunyuanVideoImageToVideoPipeline": (
+        "hunyuan_video_i2v",
+        "mmalign.models.hunyuan_video_image:HunyuanVideoImage",
+    ),
     "LTXPipeline": ("ltx", "mmalign.models.ltx:LTXVideo"),
     "LTXImageToVideoPipeline": ("ltx_i2v", "mmalign.models.image_to_video:LTXVideoImage"),
     "AnimateDiffPipeline": ("animatediff", "mmalign.models.animatediff:AnimateDiff"),

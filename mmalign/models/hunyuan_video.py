@@ -17,7 +17,7 @@ from mmalign.noise import Process
 from mmalign.paths import find
 
 _CLIP_TOKENS = 77
-_SKIPPED = 2  # layers at the end of the language model whose states are not used
+SKIPPED = 2  # layers at the end of the language model whose states are not used
 
 
 class HunyuanVideo(VideoAdapter):
@@ -48,10 +48,12 @@ class HunyuanVideo(VideoAdapter):
             # whatever its file says (seen in 5.23).
             pipe.register_modules(tokenizer=PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
         pipe.tokenizer.padding_side = "right"  # the template is counted from the left, and masked text from the right
-        if self.denoiser.config.image_condition_type is not None:
+        told = self.denoiser.config.image_condition_type
+        if (told is not None) != self.of_image:
+            what = f"is told a first frame ({told}), as HunyuanVideo-I2V" if told else "is told no first frame"
             raise ValueError(
-                f"{config.path}: the transformer is conditioned on an image "
-                f"({self.denoiser.config.image_condition_type}), as HunyuanVideo-I2V; use a text-to-video checkpoint"
+                f"{config.path}: the transformer {what}, and {self.pipeline_class.__name__} is for the other kind; "
+                "give a checkpoint whose model_index.json names the pipeline of its transformer"
             )
 
     @property
@@ -96,12 +98,17 @@ class HunyuanVideo(VideoAdapter):
             found = pipe.text_encoder(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
             )
-            pooled = pipe.text_encoder_2(self.tokens(pipe.tokenizer_2, prompts, _CLIP_TOKENS).input_ids).pooler_output
         return {
-            "encoder_hidden_states": found.hidden_states[-(_SKIPPED + 1)][:, first:],
+            "encoder_hidden_states": found.hidden_states[-(SKIPPED + 1)][:, first:],
             "encoder_attention_mask": tokens.attention_mask[:, first:],
-            "pooled_projections": pooled,
+            **self.pooled(prompts, grad=grad),
         }
+
+    def pooled(self, prompts: list[str], *, grad: bool = False) -> Condition:
+        """pooled_projections [B, P] of CLIP."""
+        tokens = self.tokens(self.pipe.tokenizer_2, prompts, _CLIP_TOKENS)
+        with self.encoding(grad):
+            return {"pooled_projections": self.pipe.text_encoder_2(tokens.input_ids).pooler_output}
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
         """The velocity at flow times t [B]; the transformer counts them, and the guidance, in thousandths."""

@@ -25,6 +25,7 @@ class FromImage(VideoAdapter):
     """
 
     of_image = True
+    keeps_first = False  # whether the first latent frame is the picture's at all times, and `predict` says so
 
     def draw(
         self, prompts: list[str], generators: list[torch.Generator], *, images: list[Image.Image] | None = None,
@@ -47,11 +48,64 @@ class FromImage(VideoAdapter):
             ]
         )
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, frames: int) -> Condition:
+        """image_latents, and what `look` adds."""
+        return {"image_latents": self.image_latents(images, frames), **self.look(images)}
+
+    def image_latents(self, images: Tensor, frames: int) -> Tensor:
+        """What the denoiser is given as latents, of images [B, 3, H, W] in [-1, 1]: by default [B, C, 1, h, w]."""
+        return self.first_latents(images)
+
+    def look(self, images: Tensor) -> Condition:
+        """What a vision tower, or its processor, makes of images [B, 3, H, W] in [-1, 1]; nothing by default."""
+        return {}
+
+    def blank(self, rows: int) -> Condition:
+        """Tensors as `look` returns them, of unknown values: memory is estimated without pictures."""
+        return {}
+
     def first_latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], each a clip of one frame, to the means of their latents [B, C, 1, h, w]."""
         with exact(self.device), torch.no_grad():
             posterior = self.vae.encode(images.to(self.device, self.vae.dtype)[:, :, None]).latent_dist
         return self.scaled(posterior.mean.float(), posterior.std.float())[0]
+
+    @torch.no_grad()
+    def encode_media(self, pixels: Tensor) -> Tensor:
+        """As in other families; a first latent frame that is kept has what the denoiser is told, and no deviation."""
+        moments = super().encode_media(pixels)
+        if self.keeps_first:
+            moments[:, 0, :, :1] = self.first_latents(pixels[:, :, 0])
+            moments[:, 1, :, :1] = 0
+        return moments
+
+    def given(self, condition: Condition) -> tuple[Condition, Tensor]:
+        """A condition without the latents of first frames, and these. ValueError where it has none."""
+        if "image_latents" not in condition:
+            raise ValueError(
+                f"{self.family} is told the first frame: join what encode_images makes of it to the prompts' condition"
+            )
+        return {name: value for name, value in condition.items() if name != "image_latents"}, condition["image_latents"]
+
+    def token_times(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """t [B] for each token [B, L] of latents of this shape; 0 in the first latent frame."""
+        frames = torch.ones(shape[2], device=t.device)
+        frames[0] = 0
+        return (t[:, None] * frames).repeat_interleave(self.image_tokens(shape) // shape[2], dim=1)
+
+
+def with_first(latents: Tensor, first: Tensor) -> Tensor:
+    """Latents [B, C, T, h, w] whose first frame is `first` [B, C, 1, h, w]."""
+    return torch.cat([first.to(latents), latents[:, :, 1:]], dim=2)
+
+
+def known_velocity(noisy: Tensor, t: Tensor, first: Tensor) -> Tensor:
+    """That of a first latent frame x_0 which is given, (x_t - x_0) / t, at flow times t [B]: [B, C, 1, h, w].
+
+    It adds nothing to a loss, and a sampler that follows it ends at the picture.
+    """
+    return (noisy[:, :, :1] - first) / t[:, None, None, None, None]
 
 
 class CogVideoXImage(FromImage, CogVideoX):
@@ -64,46 +118,44 @@ class CogVideoXImage(FromImage, CogVideoX):
     pipeline_class: Any = CogVideoXImageToVideoPipeline
     beside = ("image_latents",)
 
-    def encode_images(self, images: Tensor, frames: int) -> Condition:
-        """image_latents [B, C, T, h, w]."""
+    def image_latents(self, images: Tensor, frames: int) -> Tensor:
+        """[B, C, T, h, w]."""
         first = self.first_latents(images)
         if self.vae.config.invert_scale_latents:  # of 1.5, whose training divided here
             first = first / self.vae.config.scaling_factor**2
         rest = first.new_zeros(*first.shape[:2], self.latent_frames(frames) - 1, *first.shape[3:])
-        return {"image_latents": torch.cat([first, rest], dim=2)}
+        return torch.cat([first, rest], dim=2)
+
+    def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
+        self.given(condition)
+        return super().predict(noisy, t, condition, denoiser)
 
 
 class LTXVideoImage(FromImage, LTXVideo):
     """Adapter for folders that `LTXImageToVideoPipeline.save_pretrained` wrote.
 
-    The first latent frame is the image's, at time 0. Its velocity is known, (x_t - x_0) / t, and `predict` returns
-    that: so it adds nothing to a loss, and a sampler ends at the image, as the pipeline, which leaves it there.
+    The first latent frame is the image's, at time 0, and `predict` returns its known velocity; the pipeline leaves it
+    as it is.
     """
 
     family = "ltx_i2v"
     pipeline_class: Any = LTXImageToVideoPipeline
-
-    def encode_images(self, images: Tensor, frames: int) -> Condition:
-        """image_latents [B, C, 1, h, w]."""
-        return {"image_latents": self.first_latents(images)}
+    keeps_first = True
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
-        known = dict(condition)
-        image = known.pop("image_latents").to(noisy)
-        t = t.to(noisy.device)
-        frames = torch.ones(noisy.shape[2], device=noisy.device)
-        frames[0] = 0
-        each = (t[:, None] * frames).repeat_interleave(noisy.shape[3] * noisy.shape[4], dim=1)  # of each token
-        found = super().predict(torch.cat([image, noisy[:, :, 1:]], dim=2), each, known, denoiser)
-        velocity = (noisy[:, :, :1] - image) / t[:, None, None, None, None]
-        return torch.cat([velocity.to(found), found[:, :, 1:]], dim=2)
+        known, first = self.given(condition)
+        first, t = first.to(noisy), t.to(noisy.device)
+        found = super().predict(with_first(noisy, first), self.token_times(t, tuple(noisy.shape)), known, denoiser)
+        return with_first(found, known_velocity(noisy, t, first))
 
 
 class WanImage(FromImage, Wan):
-    """Adapter for folders that `WanImageToVideoPipeline.from_pretrained` loads: Wan 2.1 I2V.
+    """Adapter for folders that `WanImageToVideoPipeline.from_pretrained` loads.
 
-    Latents of the clip that is the first frame and then grey, after a mask of what is known, stand beside the noisy
-    ones as channels; the states of CLIP's vision tower beside the text.
+    Wan 2.1 I2V and 2.2 I2V A14B: latents of the clip that is the first frame and then grey, after a mask of what is
+    known, stand beside the noisy ones as channels; 2.1 is told the states of CLIP's vision tower beside the text.
+    Wan 2.2 TI2V-5B (`expand_timesteps`): the first latent frame is the image's, at time 0, and `predict` returns its
+    known velocity.
     """
 
     family = "wan_i2v"
@@ -113,33 +165,65 @@ class WanImage(FromImage, Wan):
 
     def __init__(self, pipe: Any, config: Model):
         super().__init__(pipe, config)
-        if pipe.config.expand_timesteps or pipe.image_encoder is None or self.denoiser.config.image_dim is None:
+        told, path = self.denoiser.config, config.path
+        self.keeps_first = bool(pipe.config.expand_timesteps)
+        if told.added_kv_proj_dim is None:
+            self.lora_targets = Wan.lora_targets
+        if told.image_dim is not None and None in (pipe.image_encoder, pipe.image_processor):
             raise ValueError(
-                f"{config.path}: this is no Wan 2.1 image-to-video model, whose transformer is told the states of a "
-                "vision tower; Wan 2.2's are not built"
+                f"{path}: the transformer is told the states of a vision tower (Wan 2.1), and the folder has none; "
+                "give it with its processor: model.components: {image_encoder: path, image_processor: path}"
+            )
+        channels = self.channels if self.keeps_first else 2 * self.channels + self.temporal
+        if told.in_channels != channels:
+            raise ValueError(
+                f"{path}: the {self.denoiser_name} takes {told.in_channels} channels, and one that goes on from a "
+                f"picture takes {channels} with this autoencoder; give an image-to-video checkpoint, or one of "
+                "WanPipeline to draw from text"
             )
 
     def frozen(self) -> list[nn.Module]:
-        return [*super().frozen(), self.pipe.image_encoder]
+        tower = self.pipe.image_encoder
+        return [*super().frozen(), *([] if tower is None else [tower])]
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor, frames: int) -> Condition:
-        """image_latents [B, r + C, T, h, w] with the autoencoder's stride r in time, encoder_hidden_states_image."""
+    def image_latents(self, images: Tensor, frames: int) -> Tensor:
+        """[B, r + C, T, h, w] with the autoencoder's stride r in time; of TI2V [B, C, 1, h, w]."""
+        if self.keeps_first:
+            return self.first_latents(images)
         clip = torch.cat(
             [images[:, :, None], images.new_zeros(*images.shape[:2], frames - 1, *images.shape[2:])], dim=2
         )
         latents = self.encode_media(clip)[:, 0]
         mask = latents.new_zeros(len(latents), self.temporal, *latents.shape[2:])
         mask[:, :, 0] = 1
-        pictures = [
-            Image.fromarray(image.permute(1, 2, 0).numpy())
-            for image in ((images / 2 + 0.5) * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-        ]
-        with exact(self.device):
-            states = self.pipe.encode_image(pictures, self.device)
-        return {"image_latents": torch.cat([mask, latents], dim=1), "encoder_hidden_states_image": states.float()}
+        return torch.cat([mask, latents], dim=1)
 
-    def predict(self, noisy: Tensor, t: Tensor, condition: Condition, denoiser: nn.Module | None = None) -> Tensor:
-        known = dict(condition)
-        beside = known.pop("image_latents").to(noisy)
-        return super().predict(torch.cat([noisy, beside], dim=1), t, known, denoiser)
+    def look(self, images: Tensor) -> Condition:
+        """encoder_hidden_states_image [B, L, D], where there is a vision tower."""
+        if self.denoiser.config.image_dim is None:
+            return {}
+        with exact(self.device):
+            states = self.pipe.encode_image(pictures(images), self.device)
+        return {"encoder_hidden_states_image": states.float()}
+
+    def blank(self, rows: int) -> Condition:
+        if self.denoiser.config.image_dim is None:
+            return {}
+        seen = self.pipe.image_encoder.config
+        tokens = (seen.image_size // seen.patch_size) ** 2 + 1
+        return {"encoder_hidden_states_image": torch.empty(rows, tokens, seen.hidden_size)}
+
+    def _velocity(self, model: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        known, given = self.given(condition)
+        given = given.to(noisy)
+        if not self.keeps_first:
+            return super()._velocity(model, torch.cat([noisy, given], dim=1), timestep, known)
+        found = super()._velocity(model, with_first(noisy, given), timestep, known)
+        t = timestep / self.pipe.scheduler.config.num_train_timesteps
+        return with_first(found, known_velocity(noisy, t, given))
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Images [B, 3, H, W] in [-1, 1] as 8-bit pictures, which processors of vision towers take."""
+    seen = ((images / 2 + 0.5) * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in seen]

@@ -104,6 +104,10 @@ class Wan(VideoAdapter):
     def _velocity(self, model: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         dtype = model.dtype  # not that of the first parameter: some stay in float32
         if self.pipe.config.expand_timesteps:
-            timestep = timestep[:, None].expand(-1, self.image_tokens(tuple(noisy.shape)))
+            timestep = self.token_times(timestep, tuple(noisy.shape))
         velocity: Tensor = model(noisy.to(dtype), timestep=timestep, **cast(condition, dtype)).sample
         return velocity
+
+    def token_times(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """t [B] for each token [B, L] of latents of this shape."""
+        return t[:, None].expand(-1, self.image_tokens(shape))

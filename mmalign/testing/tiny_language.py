@@ -10,11 +10,14 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPVisionConfig,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -90,14 +93,14 @@ def tiny_llama_tokenizer(template: str, before: int) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer as Llama 3's, whose texts begin with <|begin_of_text|>.
 
     Args:
-        template: text around a place for the prompt, {}; what is special in it (<|...|>) is one token.
+        template: text around a place for the prompt, {}; what is special in it (<|...|>, <image>) is one token.
         before: how many tokens the template has before that place, as many as with the published vocabulary.
 
     Raises:
         ValueError: the template's words cannot be cut into that many tokens.
     """
-    special = re.findall(r"<\|\w+\|>", template)
-    words = re.findall(r"\n+| ?\w+", re.sub(r"<\|\w+\|>", "|", template))
+    special = re.findall(r"<\|\w+\|>|<image>", template)
+    words = re.findall(r"\n+| ?\w+", re.sub(r"<\|\w+\|>|<image>", "|", template))
     merges = _chain(word.replace(" ", "Ġ").replace("\n", "Ċ") for word in words)
     head = template.partition("{}")[0]
 
@@ -127,10 +130,27 @@ def _llama_tokenizer(special: list[str], merges: list[Any]) -> PreTrainedTokeniz
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
     """A four-layer Llama: HunyuanVideo takes the states before the last two."""
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    return LlamaModel(_llama_config(tokenizer))
+
+
+def _llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
+def tiny_llava(tokenizer: PreTrainedTokenizerFast, side: int) -> LlavaForConditionalGeneration:
+    """That Llama with a two-layer vision tower of CLIP, whose pictures [side, side] are 576 tokens, as published."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=side,
+        patch_size=side // 24,
+    )  # fmt: skip
+    told: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}  # the pipeline reads it beside text_config
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision, text_config=_llama_config(tokenizer),
+            image_token_index=tokenizer.get_vocab()["<image>"], **told,
         )
     )  # fmt: skip

@@ -23,6 +23,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXImageToVideoPipeline,
@@ -37,6 +38,9 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import (
+    DEFAULT_PROMPT_TEMPLATE as IMAGE_TEMPLATE,
+)
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -47,7 +51,7 @@ from transformers import (
 )
 
 from mmalign.testing.tiny import text_config, tiny_tokenizer
-from mmalign.testing.tiny_language import tiny_llama, tiny_llama_tokenizer
+from mmalign.testing.tiny_language import tiny_llama, tiny_llama_tokenizer, tiny_llava
 from mmalign.testing.tiny_transformers import seeded, tiny_t5, tiny_t5_tokenizer, tiny_vae
 
 _WIDTH = 32
@@ -137,8 +141,12 @@ def tiny_cogvideox(
     return Path(path)
 
 
-def tiny_hunyuan_video(path: str | Path, seed: int = 0, *, embedded: bool = True) -> Path:
-    """Save a tiny `HunyuanVideoPipeline`, its template 95 tokens long, as published.
+def tiny_hunyuan_video(
+    path: str | Path, seed: int = 0, *, embedded: bool = True,
+    image: Literal["latent_concat", "token_replace"] | None = None,
+) -> Path:  # fmt: skip
+    """Save a tiny `HunyuanVideoPipeline`, its template 95 tokens long, as published; with `image` a
+    `HunyuanVideoImageToVideoPipeline`, 103.
 
     Its tokenizer is of Llama 3's kind, byte by byte, under the name of Llama 2's, as the published folder has it.
 
@@ -146,25 +154,30 @@ def tiny_hunyuan_video(path: str | Path, seed: int = 0, *, embedded: bool = True
         path: folder to write; made when it does not exist.
         seed: of the random weights.
         embedded: whether the transformer takes the guidance as a number.
+        image: how the transformer is told the first frame.
     """
+    template = IMAGE_TEMPLATE if image else DEFAULT_PROMPT_TEMPLATE
     with seeded(seed):
-        tokenizer = tiny_llama_tokenizer(DEFAULT_PROMPT_TEMPLATE["template"], DEFAULT_PROMPT_TEMPLATE["crop_start"])
-        text_encoder = tiny_llama(tokenizer)
+        tokenizer = tiny_llama_tokenizer(template["template"], template["crop_start"])
+        text_encoder = tiny_llava(tokenizer, 48) if image else tiny_llama(tokenizer)
         tokenizer_2 = tiny_tokenizer()
         told = text_config(tokenizer_2, "quick_gelu")
         told.max_position_embeddings = 77  # the pipeline pads to 77 whatever the tokenizer says
         text_encoder_2 = CLIPTextModel(told)
         transformer = HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
-            num_single_layers=1, num_refiner_layers=1, guidance_embeds=embedded, text_embed_dim=_WIDTH,
-            pooled_projection_dim=_WIDTH, rope_axes_dim=(4, 6, 6),
+            in_channels=9 if image == "latent_concat" else 4, out_channels=4, num_attention_heads=2,
+            attention_head_dim=16, num_layers=1, num_single_layers=1, num_refiner_layers=1, guidance_embeds=embedded,
+            text_embed_dim=_WIDTH, pooled_projection_dim=_WIDTH, rope_axes_dim=(4, 6, 6), image_condition_type=image,
         )  # fmt: skip
         vae = AutoencoderKLHunyuanVideo(
             latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
         )  # fmt: skip
-    HunyuanVideoPipeline(
+    crop = {"height": 48, "width": 48}
+    processor = {"image_processor": CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=crop)} if image else {}
+    (HunyuanVideoImageToVideoPipeline if image else HunyuanVideoPipeline)(
         text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
+        **processor,
     ).save_pretrained(str(path))  # fmt: skip
     _rename(Path(path, "model_index.json"), tokenizer=["transformers", "LlamaTokenizerFast"])
     _rename(Path(path, "tokenizer", "tokenizer_config.json"), tokenizer_class="LlamaTokenizerFast")
