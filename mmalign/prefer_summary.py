@@ -175,7 +175,7 @@ def show(summary: dict[str, Any]) -> None:
             table.add_row(*(Text(cell) for cell in cells))
         console.print(table)
     routed = f"; {summary['routed']} pairs to label in to_label.*" if summary["routed"] else ""
-    said = f"{summary['rows']} preferences from {summary['lists']} lists of {summary['pictures']} pictures"
+    said = f"{summary['rows']} preferences from {summary['lists']} lists of {summary['pictures']} pictures or clips"
     console.print(f"{said}; dropped: {reasons(summary)}{routed}", markup=False, highlight=False, soft_wrap=True)
 
 
