@@ -45,13 +45,19 @@ def share(hits: list[float], prompts: list[str] | None = None) -> dict[str, floa
     return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(hits)}
 
 
+def drawn(path: str, wanted: Sequence[Any], seed: int, overrides: list[str]) -> tuple[list[np.ndarray], str]:
+    """What a sampling config draws for captions, and how it was sampled."""
+    config = load(SampleConfig, find(path), overrides)
+    adapter = sample.load(config, torch.device("cpu"))
+    made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]
+    found = [each for _, part in sample.generate(adapter, made, config) for each in part]
+    return found, f"{config.scheduler}, {config.steps} steps, guidance_scale {config.guidance_scale}"
+
+
 def generator(folder: Path, count: int, seed: int, overrides: list[str]) -> dict[str, Any]:
     """Fidelity of pictures for held-out captions, in all and by number of shapes, sampled as the quickstart does."""
     wanted = captions(count, seed, held_out=True)
-    config = load(SampleConfig, find("configs/shapes/sample.yaml"), [f"model.path={folder}", *overrides])
-    adapter = sample.load(config, torch.device("cpu"))
-    made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]
-    images = [image for _, part in sample.generate(adapter, made, config) for image in part]
+    images, sampling = drawn("configs/shapes/sample.yaml", wanted, seed, [f"model.path={folder}", *overrides])
     readings = [read(image) for image in images]
     judged = [fidelity(caption, reading) for caption, reading in zip(wanted, readings, strict=True)]
     texts = [str(caption) for caption in wanted]
@@ -60,7 +66,7 @@ def generator(folder: Path, count: int, seed: int, overrides: list[str]) -> dict
         for len_ in sorted({len(c.items) for c in wanted})
     }
     return {
-        "sampling": f"{config.scheduler}, {config.steps} steps, guidance_scale {config.guidance_scale}",
+        "sampling": sampling,
         "shape_colour": share([float(f.shape_colour) for f in judged], texts),
         "everything_asked": share([float(f.everything) for f in judged], texts),
         "by_number_of_shapes": by_count,
@@ -71,11 +77,7 @@ def generator(folder: Path, count: int, seed: int, overrides: list[str]) -> dict
 def moving(folder: Path, count: int, seed: int, overrides: list[str]) -> dict[str, Any]:
     """What clips for held-out captions keep of what is asked, in all and by part, and the means of the axes."""
     wanted = motions(count, seed, held_out=True)
-    config = load(SampleConfig, find("configs/shapes/video_sample.yaml"), [f"model.path={folder}", *overrides])
-    adapter = sample.load(config, torch.device("cpu"))
-    made = [sample.Request(str(caption), seed * 10_000 + i, str(i)) for i, caption in enumerate(wanted)]
-    clips = [clip for _, part in sample.generate(adapter, made, config) for clip in part]
-    sampling = f"{config.scheduler}, {config.steps} steps, guidance_scale {config.guidance_scale}"
+    clips, sampling = drawn("configs/shapes/video_sample.yaml", wanted, seed, [f"model.path={folder}", *overrides])
     return {"sampling": sampling, **judged_clips(wanted, clips)}
 
 
@@ -102,14 +104,14 @@ def judged_clips(wanted: Sequence[MotionCaption], clips: Sequence[np.ndarray]) -
 def clip_autoencoder(folder: Path, count: int, seed: int) -> dict[str, Any]:
     """The same of reconstructions of perfect clips, and their mean squared error in [0, 1]."""
     adapter = base.load(Model(path=folder))
-    drawn = drawn_clips(count, seed, held_out=True, side=32)
+    perfect = drawn_clips(count, seed, held_out=True, side=32)
     clips, errors = [], []
-    for item in drawn:
+    for item in perfect:
         pixels = torch.from_numpy(item.clip()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         decoded = adapter.decode(adapter.encode_media(pixels)[:, 0]).clamp(-1, 1)
         errors.append(((decoded - pixels) / 2).square().mean().item())
         clips.append(((decoded[0].permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy())
-    found = judged_clips([item.caption for item in drawn], clips)
+    found = judged_clips([item.caption for item in perfect], clips)
     return {"everything": found["everything"], "psnr_db": -10 * math.log10(float(np.mean(errors)))}
 
 
