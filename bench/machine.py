@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mmalign.memory_estimate import available
+
 
 def clock(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds that the work takes, the device's queue included."""
@@ -53,12 +55,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes that can be had: the GPU's free ones; the machine's, or what the process's group may still take."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = float(known["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, float(limit.read_text()) - float(used.read_text()))
-    return free
+    return float(available(device))
 
 
 def machine(device: torch.device) -> str:
