@@ -1,9 +1,10 @@
 """Evaluators by name: the files of ``evaluators/`` and the entry points of installed packages.
 
 There is no list to edit. A file ``evaluators/sharpness.py`` that sets ``EVALUATOR = Sharpness`` is the evaluator
-``sharpness``; another package offers one with an entry point in the group ``mmalign.evaluators``. Nothing is imported
-before it is asked for, and a plug-in that cannot be imported is named with its distribution and version and hinders no
-other.
+``sharpness``; ``evaluators/color__clip.py`` is ``color@clip``, which measures what a benchmark calls ``color`` by other
+means, so that its scores are not compared with published ones by mistake. Another package offers one with an entry
+point in the group ``mmalign.evaluators``. Nothing is imported before it is asked for, and a plug-in that cannot be
+imported is named with its distribution and version and hinders no other.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ def _sources(plugins: bool) -> dict[str, list[_Source]]:
     for folder in spec.submodule_search_locations:
         for file in sorted(Path(folder).glob("*.py")):
             if not file.stem.startswith("_"):
-                result.setdefault(file.stem, []).append(_Source(file.stem, f"built in, {file.name}", file=file))
+                name = file.stem.replace("__", "@")
+                result.setdefault(name, []).append(_Source(name, f"built in, {file.name}", file=file))
     for entry in importlib.metadata.entry_points(group=GROUP) if plugins else ():
         maker = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unnamed distribution"
         result.setdefault(entry.name, []).append(_Source(entry.name, f"{maker}, {entry.value}", entry_point=entry))
@@ -181,7 +183,7 @@ def _look(source: _Source) -> Found:
 def _import(source: _Source) -> object:
     if source.entry_point is not None:
         return source.entry_point.load()
-    module = importlib.import_module(f"mmalign.evaluators.{source.name}")
+    module = importlib.import_module(f"mmalign.evaluators.{source.name.replace('@', '__')}")
     if not hasattr(module, "EVALUATOR"):
         raise ValueError("the file sets no EVALUATOR; end it with `EVALUATOR = YourClass`")
     return module.EVALUATOR

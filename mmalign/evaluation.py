@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import Strict, Words
-from mmalign.media import AllFrames, EveryFps, FramePlan, QwenFps, Uniform
+from mmalign.media import AllFrames, EveryFps, FramePlan, Middle, QwenFps, StrideFps, Uniform
 from mmalign.weights import find_checkpoint, load_into, read_state_dict
 
 __all__ = [
@@ -30,10 +30,12 @@ __all__ = [
     "EveryFps",
     "FramePlan",
     "ItemErrors",
+    "Middle",
     "QwenFps",
     "Scores",
     "SetEvaluator",
     "Strict",
+    "StrideFps",
     "Uniform",
     "Words",
     "check_class",
@@ -203,6 +205,7 @@ class _Declared:
     frames: ClassVar[FramePlan] = AllFrames()
     backbones: ClassVar[Mapping[str, BackboneSpec]] = {}
     higher_is_better: ClassVar[bool] = True
+    counts: ClassVar[frozenset[str] | set[str]] = frozenset()
     score_range: ClassVar[tuple[float | None, float | None]] = (None, None)
     version: ClassVar[int] = 1
     licence: ClassVar[str] = ""
@@ -247,6 +250,8 @@ class Evaluator(_Declared, ABC):
         frames: which frames of a video are decoded.
         backbones: networks by name; override `backbone_specs` where they depend on the parameters.
         higher_is_better: direction of the score.
+        counts: sub-scores that say how much there was to measure, such as pairs of frames. They are kept in the
+            results and are no measure of quality: neither summarised nor ranked by.
         score_range: (lowest, highest), None for no bound; override `bounds` where it depends on the parameters.
         differentiable: whether `score_tensor` exists and lets a gradient through to the images.
         version: raise it whenever scores change; earlier results are then computed again.

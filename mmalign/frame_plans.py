@@ -103,6 +103,44 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+class Middle:
+    """`n` frames, each from the middle of one of `n` equal stretches of the clip, as VBench (utils.py) samples them.
+
+    A clip of fewer than `n` frames gives all of them, and its last one again until there are `n`.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"Middle takes at least 1 frame, got n={self.n}")
+
+    def indices(self, num_frames: int, fps: float) -> list[int]:
+        parts = min(self.n, num_frames)
+        edges = [int(edge) for edge in np.linspace(0, num_frames, parts + 1)]  # in float64, as it is published
+        picks = [(first + past - 1) // 2 for first, past in pairwise(edges)]
+        return picks + picks[-1:] * (self.n - parts)
+
+
+@dataclass(frozen=True)
+class StrideFps:
+    """Every s-th frame from the first, where s is the clip's rate over `fps`, rounded half to even and at least 1.
+
+    So VBench samples for optical flow (dynamic_degree.py, at 8): at least `fps` / 1.5 frames per second, and all of a
+    slower clip.
+    """
+
+    fps: float
+
+    def __post_init__(self) -> None:
+        if not self.fps > 0:
+            raise ValueError(f"StrideFps takes a positive rate, got fps={self.fps}")
+
+    def indices(self, num_frames: int, fps: float) -> list[int]:
+        return list(range(0, num_frames, max(1, round(fps / self.fps))))
+
+
+@dataclass(frozen=True)
 class EveryFps:
     """Frames at `fps` per second of the clip's own time, starting at the first; all of them if the clip is slower.
 
@@ -227,7 +265,7 @@ def _linspace(end: int, steps: int) -> np.ndarray:
     return np.where(numbers < steps // 2, rising, falling)
 
 
-FramePlan = AllFrames | Uniform | EveryFps | QwenFps | CommonFps
+FramePlan = AllFrames | Uniform | Middle | EveryFps | StrideFps | QwenFps | CommonFps
 
 
 def picked(plan: FramePlan, timeline: Timeline) -> tuple[int, ...]:

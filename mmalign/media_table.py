@@ -22,7 +22,11 @@ from mmalign.source import shown, well_formed, whole_file
 
 @dataclass(frozen=True)
 class MediaRow:
-    """One generated (or real) item. `media` and `reference` are paths, or a `MediaRef` if they lie inside parquet."""
+    """One generated (or real) item. `media` and `reference` are paths, or a `MediaRef` if they lie inside parquet.
+
+    `dimensions` names the evaluators that the row is for; None is all. One that stands for another's dimension by other
+    means (`color@clip`) goes by what stands before the @.
+    """
 
     sample: str
     prompt: str
@@ -34,6 +38,7 @@ class MediaRow:
     reference: str | MediaRef | None = None
     fps: float | None = None
     num_frames: int | None = None
+    dimensions: tuple[str, ...] | None = None
     aux: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,6 +110,7 @@ def _media_row(record: Record) -> MediaRow:
     found["modality"] = found["modality"] or _modality(found["media"])
     if found["modality"] not in ("image", "video"):
         raise ValueError(f"{record.origin}: modality is {found['modality']!r}; it is image or video")
+    found["dimensions"] = _dimensions(values.pop("dimensions", None), record.origin)
     sample = values.pop("sample", None)
     if sample is None:
         written = record.values.get("media") or record.values.get("file_name")
@@ -112,6 +118,16 @@ def _media_row(record: Record) -> MediaRow:
     aux = _aux(values.pop("aux", None), record.origin)
     extra = {name: value for name, value in values.items() if value is not None}
     return MediaRow(sample=well_formed(str(sample)), aux={**extra, **aux}, **found)
+
+
+def _dimensions(value: Any, origin: str) -> tuple[str, ...] | None:
+    """A list of names, or text with spaces or commas between them."""
+    names = value.replace(",", " ").split() if isinstance(value, str) else value
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{origin}: dimensions is {value!r:.40}, not a list of evaluators; leave it out for all")
+    return tuple(names)
 
 
 def _place(record: Record, name: str, value: Any) -> str | MediaRef | None:
@@ -170,6 +186,8 @@ def _written(row: MediaRow, home: str) -> dict[str, Any]:
     for name in ("media", "reference"):
         if values[name] is not None:
             values[name] = portable(values[name], home)
+    if values["dimensions"] is not None:
+        values["dimensions"] = list(values["dimensions"])
     if not values["aux"]:
         del values["aux"]
     elif json.loads(to_json(values["aux"], row.sample)) != values["aux"]:
@@ -224,7 +242,9 @@ def _arrow(items: Sequence[dict[str, Any]]) -> pa.Table:
         if all(value is None for value in values):
             continue
         kind = _ARROW.get(name, pa.string())
-        if name == "aux":
+        if name == "dimensions":
+            kind = pa.list_(pa.string())
+        elif name == "aux":
             values = [None if value is None else to_json(value, "aux") for value in values]
         elif any(isinstance(value, dict) for value in values):
             kind, values = _CELL, [{"file": value} if isinstance(value, str) else value for value in values]

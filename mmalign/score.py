@@ -147,7 +147,7 @@ def _mark_skipped(plan: Plan, store: Store, done: set[tuple[str, str]], dtype: s
     rows = []
     for job, keys in zip(plan.jobs, plan.keys, strict=True):
         for index, item in enumerate(plan.items):
-            reason = None if job.is_set else plan.skip_reason(job, item)
+            reason = None if job.is_set or not plan.asks(job, item) else plan.skip_reason(job, item)
             if reason is not None and (item.row.sample, keys[index]) not in done:
                 rows.append(row_of(plan, job, index, dtype, "", reason=reason, skipped=True))
     store.append(rows)
@@ -159,7 +159,8 @@ def _finish(plan: Plan, config: ScoreConfig, store: Store, started: float, compu
         if job.is_set:
             wanted[WHOLE_SET, set_key(plan, job)] = job.label
         else:
-            wanted |= {(item.row.sample, key): job.label for item, key in zip(plan.items, keys, strict=True)}
+            asked = ((item, key) for item, key in zip(plan.items, keys, strict=True) if plan.asks(job, item))
+            wanted |= {(item.row.sample, key): job.label for item, key in asked}
     table = store.settle(wanted)
     shared = {"table": str(config.table), "n_rows": len(plan.items), "dtype": config.dtype}
     figures = summarise(table, plan.jobs)

@@ -89,6 +89,10 @@ class Plan:
     keys: tuple[tuple[str, ...], ...]
     batches: tuple[tuple[int, ...], ...]
 
+    def asks(self, job: Job, item: Item) -> bool:
+        """Whether the row is for this evaluator: it says so, or does not say for which it is."""
+        return item.row.dimensions is None or job.name.partition("@")[0] in item.row.dimensions
+
     def skip_reason(self, job: Job, item: Item) -> str | None:
         """Why this evaluator does not score this item, or None."""
         row = item.row
@@ -121,6 +125,7 @@ def to_do(plan: Plan, done: Collection[tuple[str, str]]) -> list[Todo]:
                     job
                     for job, keys in zip(plan.jobs, plan.keys, strict=True)
                     if not job.is_set
+                    and plan.asks(job, plan.items[index])
                     and (plan.items[index].row.sample, keys[index]) not in done
                     and plan.skip_reason(job, plan.items[index]) is None
                 ),
@@ -185,8 +190,9 @@ def make_plan(jobs: tuple[Job, ...], rows: Sequence[MediaRow], table: str | Path
 
 
 def set_key(plan: Plan, job: Job) -> str:
-    """The key of a whole set's score: that of all its items, in any order."""
-    return digest("set", sorted(plan.keys[plan.jobs.index(job)]))
+    """The key of a whole set's score: that of all items that it is asked for, in any order."""
+    keys = zip(plan.items, plan.keys[plan.jobs.index(job)], strict=True)
+    return digest("set", sorted(key for item, key in keys if plan.asks(job, item)))
 
 
 def digest(*parts: object) -> str:
@@ -207,6 +213,11 @@ def _check_needs(jobs: Sequence[Job], rows: Sequence[MediaRow], table: str | Pat
             raise ValueError(
                 f"{job.name} needs the column{'s' if len(absent) > 1 else ''} {', '.join(absent)}; "
                 f"{table} has {', '.join(present)}.{how_to_prompt(table) if 'prompt' in absent else ''}"
+            )
+        named = {name for row in rows for name in row.dimensions or ()}
+        if named and job.name.partition("@")[0] not in named and all(row.dimensions for row in rows):
+            raise ValueError(
+                f"no row of {table} is for {job.name}: its column dimensions names {', '.join(sorted(named))}"
             )
         if not any(row.modality in job.cls.modality for row in rows):
             found = ", ".join(sorted({row.modality for row in rows}))

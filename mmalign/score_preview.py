@@ -152,6 +152,8 @@ def _evaluation(
         return Evaluation(job.label, True, settled, dict(why), {})
     for item, key in zip(plan.items, plan.keys[plan.jobs.index(job)], strict=True):
         reason = plan.skip_reason(job, item)
+        if not plan.asks(job, item):
+            continue
         if reason is not None:
             skipped[reason] += 1
         elif (item.row.sample, key) in done:

@@ -16,7 +16,7 @@ from mmalign.media import decoder_fingerprint
 from mmalign.progress import Progress
 from mmalign.results import WHOLE_SET
 from mmalign.score_decode import Decoded, Decoder
-from mmalign.score_plan import Job, Plan, Todo, set_key
+from mmalign.score_plan import Item, Job, Plan, Todo, set_key
 from mmalign.score_store import Store
 from mmalign.score_worker import Row, Worker, make_batch, row_of
 
@@ -38,7 +38,7 @@ def score_sets(plan: Plan, config: ScoreConfig, store: Store, done: Collection[t
         return
     found = _Sets(plan, Worker(plan, config.device, config.dtype, config.compile), jobs)
     todo = [
-        [(index, tuple(job for job in jobs if plan.skip_reason(job, plan.items[index]) is None)) for index in batch]
+        [(index, tuple(job for job in jobs if _takes(plan, job, plan.items[index]))) for index in batch]
         for batch in plan.batches
     ]
     with Decoder(config, found.worker.device) as decoder, Progress("scoring sets", len(plan.items)) as progress:
@@ -49,6 +49,10 @@ def score_sets(plan: Plan, config: ScoreConfig, store: Store, done: Collection[t
             progress.update(seen)
     for job in jobs:
         store.append(found.rows(job, config.dtype))
+
+
+def _takes(plan: Plan, job: Job, item: Item) -> bool:
+    return plan.asks(job, item) and plan.skip_reason(job, item) is None
 
 
 class _Sets:

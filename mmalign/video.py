@@ -23,7 +23,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import av
 import numpy as np
 
-from mmalign.frame_plans import AllFrames, CommonFps, EveryFps, FramePlan, QwenFps, Timeline, Uniform, picked
+from mmalign.frame_plans import (
+    AllFrames,
+    CommonFps,
+    EveryFps,
+    FramePlan,
+    Middle,
+    QwenFps,
+    StrideFps,
+    Timeline,
+    Uniform,
+    picked,
+)
 from mmalign.source import MediaError, Source, name_of, read_bytes, refuse_shape
 from mmalign.video_container import MAX_FRAME_PIXELS, Facts, open_clip, short, stream_of, survey, timeline
 
@@ -41,7 +52,9 @@ __all__ = [
     "EveryFps",
     "FramePlan",
     "Frames",
+    "Middle",
     "QwenFps",
+    "StrideFps",
     "Uniform",
     "check_video",
     "clip_facts",

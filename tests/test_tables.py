@@ -332,3 +332,18 @@ def test_unreadable_cells_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(MediaError, match=message):
             ref.read()
+
+
+@pytest.mark.parametrize("name", ["table.jsonl", "table.parquet"])
+def test_rows_say_for_which_evaluators_they_are(tmp_path: Path, name: str) -> None:
+    rows = [
+        MediaRow("a", "", str(tmp_path / "a.mp4"), "video", dimensions=("color", "scene")),
+        MediaRow("b", "", str(tmp_path / "b.mp4"), "video"),
+    ]
+    write_media_table(tmp_path / name, rows)
+    assert read_media_table(tmp_path / name) == rows
+    (tmp_path / "text.jsonl").write_text('{"media": "a.mp4", "dimensions": "color, scene"}\n')
+    assert read_media_table(tmp_path / "text.jsonl")[0].dimensions == ("color", "scene")
+    (tmp_path / "bad.jsonl").write_text('{"media": "a.mp4", "dimensions": [3]}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl line 1: dimensions is \[3\]"):
+        read_media_table(tmp_path / "bad.jsonl")

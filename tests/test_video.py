@@ -21,7 +21,9 @@ from mmalign.media import (
     AllFrames,
     EveryFps,
     MediaError,
+    Middle,
     QwenFps,
+    StrideFps,
     Uniform,
     check_media,
     is_video,
@@ -402,3 +404,16 @@ def test_clips_and_images_are_told_apart_by_suffix_or_content(tmp_path: Path) ->
         assert not is_video(encoded(Image.fromarray(picture()), format))
     check_media(clip)
     check_media(encoded(Image.fromarray(picture()), "PNG"))
+
+
+def test_plans_of_vbench() -> None:
+    """By hand, from the published rules: middles of equal stretches, the last one again; a stride rounded to even."""
+    assert Middle(8).indices(16, 8.0) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert Middle(8).indices(17, 8.0) == [0, 2, 4, 6, 8, 10, 12, 15]
+    assert Middle(4).indices(3, 8.0) == [0, 1, 2, 2]
+    assert Middle(16).indices(1, 8.0) == [0] * 16
+    strides = {8: 1, 10: 1, 12: 2, 15: 2, 16: 2, 20: 2, 24: 3, 25: 3, 30: 4, 50: 6, 60: 8, 4: 1}
+    assert {fps: StrideFps(8).indices(100, fps)[1] for fps in strides} == strides
+    for plan, value in ((Middle, 0), (StrideFps, 0.0)):
+        with pytest.raises(ValueError, match=plan.__name__):
+            plan(value)
