@@ -1,4 +1,4 @@
-"""MUSIQ once more, one picture at a time in float64: patches cut by loops, masked padding tokens, written-out algebra."""
+"""MUSIQ once more, one picture at a time in float64: patches cut by loops, padding tokens masked, algebra written out."""
 
 import math
 

@@ -55,7 +55,7 @@ def levels(frames: Tensor, strict: bool = False) -> Tensor:
         strict: rounded to the nearest; otherwise what lies behind the point is cut off, as the reference's cast to
             uint8 does, which darkens by half a level on average.
     """
-    exact = (frames * 255).clamp(0, 255)
+    exact = frames * 255
     return exact + ((exact.round() if strict else exact.floor()) - exact).detach()
 
 
