@@ -1,4 +1,4 @@
-"""MUSIQ once more, one picture at a time in float64: patches cut by loops, padding tokens masked, algebra written out."""
+"""MUSIQ once more, one picture at a time in float64: patches cut by loops, padding tokens masked, no shortcuts."""
 
 import math
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from musiq_reference import TINY, published, random_state
 from safetensors.torch import save_file
+from torchvision.transforms import functional
 
 from mmalign.backbones.musiq import Musiq, MusiqConfig, check_fits, hashed, load_musiq, scaled
 from mmalign.discovery import evaluator_class, load_evaluator
@@ -170,6 +171,18 @@ def test_frames_are_resized_bilinearly_without_a_filter():
     assert resized.shape[-2:] == (512, 853)
     assert torch.equal(cropped, resized[..., 170:682])  # 170.5, rounded half to even
     assert torch.equal(prepare(wide, "None"), wide.float() / 255)
+
+
+@pytest.mark.parametrize("size", [(600, 1000), (561, 700), (700, 561), (513, 514)])
+def test_frames_are_those_that_torchvision_makes(size):
+    """Which the reference uses; 561 becomes 511, and the crop then adds a row or column of zeros."""
+    frames = noise(1, 3, *size)
+    for mode in ("longer", "shorter"):
+        expected = functional.resize(frames.float(), list(target(*size, mode)), antialias=False) / 255
+        assert torch.equal(prepare(frames, mode), expected)
+    shorter = functional.resize(frames.float(), list(target(*size, "shorter")), antialias=False)
+    expected = functional.center_crop(shorter, 512)
+    assert torch.equal(prepare(frames, "shorter_centercrop"), expected / 255)
 
 
 def test_a_clip_has_the_mean_of_its_frames(evaluator, musiq):

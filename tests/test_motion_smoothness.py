@@ -159,7 +159,7 @@ def test_a_warp_by_whole_pixels_shifts_and_repeats_the_edge():
 def test_windows_equal_those_of_the_whole_volume(size):
     generator = torch.Generator().manual_seed(4)
     first, second = torch.randn(2, 2, 5, *size, generator=generator, dtype=torch.float64)
-    places = [pixels(*size, first) + 3 * torch.randn(2, 2, *size, generator=generator, dtype=torch.float64)] * 2
+    places = [pixels(first) + 3 * torch.randn(2, 2, *size, generator=generator, dtype=torch.float64)] * 2
     expected = []
     for a, b, near, far in zip(first, second, places[0], places[1], strict=True):
         sides = ((reference.volume(a, b), near), (reference.volume(b, a), far))

@@ -296,7 +296,7 @@ class Amt(nn.Module):
         the one to the second frame leads from the first to the second.
         """
         coarse = resize(flow, 1 / update.scale) / update.scale if update.scale > 1 else flow
-        here = pixels(*coarse.shape[-2:], coarse)
+        here = pixels(coarse)
         windows = seen.look(here + coarse[:, 2:] / time, here + coarse[:, :2] / (1 - time))
         more, further = update(features, coarse, windows)
         return flow + further, features + more

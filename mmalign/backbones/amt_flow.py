@@ -23,8 +23,9 @@ def resize(x: Tensor, factor: float) -> Tensor:
     return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def pixels(height: int, width: int, like: Tensor) -> Tensor:
-    """Each pixel's (x, y): [1, 2, height, width]."""
+def pixels(like: Tensor) -> Tensor:
+    """Each pixel's (x, y) in a map of the size of `like` [..., h, w]: [1, 2, h, w]."""
+    height, width = like.shape[-2:]
     rows, columns = (torch.arange(side, dtype=like.dtype, device=like.device) for side in (height, width))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x, y])[None]
@@ -32,7 +33,7 @@ def pixels(height: int, width: int, like: Tensor) -> Tensor:
 
 def warp(x: Tensor, flow: Tensor) -> Tensor:
     """`x` [N, C, h, w] read bilinearly where `flow` [N, 2, h, w] points; beyond the edge, the edge."""
-    return _sample(x, pixels(*flow.shape[-2:], flow) + flow, "border")
+    return _sample(x, pixels(flow) + flow, "border")
 
 
 def _sample(x: Tensor, places: Tensor, beyond: str) -> Tensor:

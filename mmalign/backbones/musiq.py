@@ -208,12 +208,12 @@ class Musiq(nn.Module):
         """
         dtype = self.head.weight.dtype
         pixels = (images.float() - 0.5) * 2
-        sides = scaled(*images.shape[-2:])
-        copies = [F.interpolate(pixels, size, mode="bicubic", align_corners=False) for size in sides]
+        sizes = scaled(images.shape[-2], images.shape[-1])
+        copies = [F.interpolate(pixels, size, mode="bicubic", align_corners=False) for size in sizes]
         cut, places, scales = [], [], []
         for scale, copy in enumerate((*copies, pixels)):
             cut.append(F.unfold(_same(copy, PATCH, PATCH), PATCH, stride=PATCH).transpose(1, 2))
-            places.append(hashed(*copy.shape[-2:], self.config.grid))
+            places.append(hashed(copy.shape[-2], copy.shape[-1], self.config.grid))
             scales.append(torch.full_like(places[-1], scale))
         patches = torch.cat(cut, dim=1).to(dtype)
         tokens = self._embed(patches.reshape(-1, 3, PATCH, PATCH)).unflatten(0, patches.shape[:2])

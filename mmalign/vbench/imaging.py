@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["LARGEST", "Mode", "prepare", "target"]
@@ -48,13 +49,19 @@ def prepare(frames: Tensor, mode: Mode = "longer", strict: bool = False) -> Tens
     Raises:
         ValueError: a side would have no pixels.
     """
-    from torchvision.transforms.v2.functional import center_crop, resize
-
     height, width = frames.shape[-2:]
     size = target(height, width, mode, strict)
     values = frames.float()
     if size != (height, width):
-        values = resize(values, list(size), antialias=False)
+        values = F.interpolate(values, size, mode="bilinear", align_corners=False)
         if mode == "shorter_centercrop":
-            values = center_crop(values, [LARGEST, LARGEST])
+            values = _middle(values, LARGEST)
     return values / 255
+
+
+def _middle(frames: Tensor, side: int) -> Tensor:
+    """The side x side pixels in the middle, as torchvision cuts them; zeros where one is missing (511 of 512)."""
+    down, across = (max(0, side - length) for length in frames.shape[-2:])
+    frames = F.pad(frames, (across // 2, -(-across // 2), down // 2, -(-down // 2)))
+    top, left = (round((length - side) / 2) for length in frames.shape[-2:])
+    return frames[..., top : top + side, left : left + side]
