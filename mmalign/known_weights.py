@@ -55,6 +55,7 @@ CARD_UNREAD = "MIT (OpenAI's code; the repository's card was not read)"
 
 CLIP = "mmalign.backbones.clip:check_fits"
 HEAD = "mmalign.backbones.heads:check_fits"
+DINO = "mmalign.backbones.dino:check_fits"
 MASK2FORMER = "mmalign.backbones.mask2former:check_fits"
 VLM = "mmalign.backbones.vlm_fits"
 OPENAI = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -263,6 +264,14 @@ KNOWN: dict[str, Checkpoint] = {
         by_hand="Its authors published code and no weights: train them with "
         "https://github.com/Picsart-AI-Research/Social-Reward, save them as social_reward.safetensors",
         fits=(CLIP, "ViT-L-14-quickgelu"),
+    ),
+    # VBench's dimensions.
+    "dino-vitb16": Checkpoint(
+        ("model.safetensors", "dino_vitbase16_pretrain.pth", "dino_vitbase16_pretrain.safetensors"),
+        "timm/vit_base_patch16_224.dino",
+        "Apache-2.0 (code; the terms of the weights were not read)",
+        "dino",
+        fits=(DINO,),
     ),
     # Models that are asked (vqascore, unified_reward, vision_reward, gecko, dpg) or read (multi_tap): whole folders.
     "qwen2-vl-2b": _chat_model("Qwen/Qwen2-VL-2B-Instruct", "Apache-2.0"),
