@@ -273,6 +273,16 @@ KNOWN: dict[str, Checkpoint] = {
         "dino",
         fits=(DINO,),
     ),
+    "dreamsim-ensemble": Checkpoint(
+        ("ensemble_lora/adapter_model.safetensors", "ensemble_lora/adapter_model.bin"),
+        "https://github.com/ssundaram21/dreamsim",
+        "MIT (code; the terms of the weights were not read)",
+        "dreamsim",
+        also=("ensemble_lora/adapter_config.json", "clip_vitb16_pretrain.pth.tar", "open_clip_vitb16_pretrain.pth.tar"),
+        by_hand="Download dreamsim_ensemble_checkpoint.zip of the release v0.2.0-checkpoints of "
+        "https://github.com/ssundaram21/dreamsim and unzip it",
+        fits=("mmalign.backbones.dreamsim:check_fits",),
+    ),
     # Models that are asked (vqascore, unified_reward, vision_reward, gecko, dpg) or read (multi_tap): whole folders.
     "qwen2-vl-2b": _chat_model("Qwen/Qwen2-VL-2B-Instruct", "Apache-2.0"),
     "qwen2.5-vl-7b": _chat_model("Qwen/Qwen2.5-VL-7B-Instruct", "Apache-2.0"),

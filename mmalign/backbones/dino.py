@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmalign.backbones.clip import Preprocess
-from mmalign.backbones.clip_scoring import FORWARD_CHUNK, Geometry, tower_pixels
+from mmalign.backbones.clip_scoring import FORWARD_CHUNK, Geometry, Resize, tower_pixels
 from mmalign.evaluation import Batch
 from mmalign.weights import load_into, read_state_dict
 
@@ -210,7 +210,7 @@ class DinoBackbone:
         self.width, self.device, self.dtype = int(vit.embed_dim), device, dtype
         self._vit = vit.eval().requires_grad_(False).to(device=device, dtype=dtype)
 
-    def images(self, images: Tensor, resize: Geometry) -> Tensor:
+    def images(self, images: Tensor, resize: Resize) -> Tensor:
         """Features of images of one size.
 
         Args:
@@ -226,7 +226,7 @@ class DinoBackbone:
             parts.append(self._vit.norm(vit_tokens(self._vit, pixels.to(self.dtype))[:, 0]).float())
         return F.normalize(torch.cat(parts), dim=-1)
 
-    def frames(self, clips: Sequence[Tensor], resize: Geometry) -> Tensor:
+    def frames(self, clips: Sequence[Tensor], resize: Resize) -> Tensor:
         """Features of every frame of clips uint8 [T, 3, H, W] of any sizes: float32 [sum of T, width]."""
         return by_size(clips, lambda frames: self.images(frames, resize))
 
