@@ -207,6 +207,8 @@ def test_squares_are_torchvisions(size):
     image = Image.fromarray(clip[0].permute(1, 2, 0).numpy())
     expected = np.array(image.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(pil_bicubic(clip[0], (224, 224)).numpy(), expected)
+    wide = center_crop(resize(image, 256, InterpolationMode.BICUBIC), [224])
+    assert np.array_equal(pil_bicubic(clip[0], 256, 224).numpy(), np.array(wide).transpose(2, 0, 1))
     in_turn = pil_resize(clip[0].permute(1, 2, 0).numpy(), (224, 224)).transpose(2, 0, 1)
     near = (squash(clip.float() / 255, 224, levels=True)[0] * 255 - torch.from_numpy(in_turn)).abs()
     assert near.max() < 2.01 and (near > 0.5).float().mean() < 0.003
