@@ -106,6 +106,7 @@ def _batch(modality: str, clips: list[Tensor], prompts: Sequence[str], aux: Mapp
         references=[clip.flip(0, -1) for clip in clips],
         fps=[None if modality == "image" else 8.0] * len(clips),
         aux=[dict(aux or {}) for _ in clips],
+        samples=[str(number) for number in range(len(clips))],
     )
 
 
