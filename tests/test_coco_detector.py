@@ -429,6 +429,17 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, detector_path, blip_path)
         CocoDetector(folder, CPU)
 
 
+def test_a_detector_that_would_ask_the_hub_is_refused(tmp_path, detector_path):
+    config = json.loads((detector_path / "config.json").read_text(encoding="utf-8"))
+    old = {**config, "model_type": "detr", "backbone": "resnet50", "backbone_config": None, "use_timm_backbone": True}
+    (tmp_path / "config.json").write_text(json.dumps(old), encoding="utf-8")
+    for name in ("object_class@rtdetr", "color@crop_clip"):
+        cls = evaluator_class(name)
+        params = cls.Params(detector=tmp_path, **({"clip_checkpoint": __file__} if name[0] == "c" else {}))
+        with pytest.raises(ValueError, match=r"names its backbone \(resnet50\).*no_timm"):
+            cls.weight_files(params)
+
+
 def test_every_file_that_decides_counts(detector_path, blip_path):
     for name, params, path in (
         ("object_class@rtdetr", {"detector": detector_path}, detector_path),

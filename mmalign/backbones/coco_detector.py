@@ -18,7 +18,7 @@ from mmalign.backbones.vlm_loading import load_model, model_folder, unreadable, 
 from mmalign.config import nearest
 from mmalign.evaluation import Batch
 from mmalign.weights import find_checkpoint
-from mmalign.weights_read import BAD_CONFIG
+from mmalign.weights_read import BAD_CONFIG, read_json
 
 __all__ = ["CocoDetector", "Seen", "clip_objects", "detector_folder", "detector_folder_files", "load_coco_detector"]
 
@@ -128,9 +128,17 @@ def detector_folder(path: Path | None) -> Path:
     """The folder that a setting means; None is where `mmalign weights fetch` puts RT-DETRv2.
 
     Raises:
-        ValueError: there is no config.json.
+        ValueError: there is no config.json, or it names a backbone that transformers would ask the hub for.
     """
-    return find_checkpoint(path, KNOWN, "detector").parent
+    file = find_checkpoint(path, KNOWN, "detector")
+    config = read_json(file, "fetch the folder again")
+    if isinstance(config.get("backbone"), str) and not config.get("backbone_config"):
+        raise ValueError(
+            f"detector: {file} names its backbone ({config['backbone']}) and does not describe it, so transformers "
+            "would ask the hub. Take a folder with a backbone_config: for facebook/detr-resnet-50 its revision no_timm, or "
+            "load it once where there is a network and save it again."
+        )
+    return file.parent
 
 
 def detector_folder_files(path: Path | None) -> list[Path]:
