@@ -135,8 +135,8 @@ def detector_folder(path: Path | None) -> Path:
     if isinstance(config.get("backbone"), str) and not config.get("backbone_config"):
         raise ValueError(
             f"detector: {file} names its backbone ({config['backbone']}) and does not describe it, so transformers "
-            "would ask the hub. Take a folder with a backbone_config: for facebook/detr-resnet-50 its revision no_timm, or "
-            "load it once where there is a network and save it again."
+            "would ask the hub. Take a folder with a backbone_config: for facebook/detr-resnet-50 its revision "
+            "no_timm, or load it once where there is a network and save it again."
         )
     return file.parent
 
