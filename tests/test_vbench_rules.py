@@ -100,6 +100,14 @@ def test_colours_that_the_reference_has_no_word_for():
     assert [each.score for each in both([[at("dog", 0, 0, caption="a gray dog")]], "dog", "grey")] == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("word", "white red pink blue silver purple orange green gray yellow black grey".split())
+def test_each_of_twelve_words_says_that_there_is_a_colour(word):
+    compat, strict = both([[at("cup", 0, 0, caption=f"a {word} cup")]], "cup", "teal")
+    assert (compat.frames, compat.score, strict.score) == (1, 0, 0)
+    assert rules.color([[at("cup", 0, 0, caption="a brown cup")]], "cup", "teal").frames == 0
+    assert len(rules.COLOUR_WORDS) == 12
+
+
 def slow_color(frames, wanted, colour):
     words = ["white", "red", "pink", "blue", "silver", "purple", "orange", "green", "gray", "yellow", "black", "grey"]
     named = right = 0
@@ -135,6 +143,7 @@ ABOVE, BELOW = at("bicycle", 40, 0), at("car", 44, 60)
         ([BICYCLE, at("bicycle", 50, 0)], LEFT, 1, 0),  # two bicycles are no bicycle and car
         ([at("car", 0, 0), at("car", 50, 0), at("dog", 90, 0)], LEFT, 1, 0),
         ([at("bicycle", 0, 0), at("car", 20, 20)], LEFT, 0, 0),  # the diagonal is neither
+        ([BICYCLE, CAR, at("bicycle", 20, 0)], TOP, 0, 0),
         ([BICYCLE], LEFT, 0, 0),
         ([], LEFT, 0, 0),
         ([at("car", 0, 0), BICYCLE, at("car", 60, 0)], LEFT, 1, 1),  # one of the cars is to its right
@@ -216,6 +225,13 @@ def test_swapping_the_objects_mirrors_a_strict_relation():
     for relation, other in ((LEFT, RIGHT), (TOP, BOTTOM)):
         one = rules.spatial_relationship([frame], "car", "dog", relation, "strict")
         assert one == rules.spatial_relationship([frame], "dog", "car", other, "strict")
+
+
+def test_two_of_one_class_may_stand_to_each_other():
+    """The suite never asks; nothing stands beside itself."""
+    for frame, score in (([at("cat", 0, 0), at("cat", 40, 0)], 1), ([at("cat", 0, 0)], 0)):
+        for reading in ("compat", "strict"):
+            assert rules.spatial_relationship([frame], "cat", "cat", RIGHT, reading).score == score
 
 
 def test_an_unknown_relation_is_refused():

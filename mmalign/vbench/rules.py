@@ -228,12 +228,7 @@ def _either(frame: Frame, a: str, b: str) -> Iterable[tuple[Box, Box]]:
 
 
 def _each(frame: Frame, a: str, b: str) -> Iterable[tuple[Box, Box]]:
-    return (
-        (one.box, other.box)
-        for one in frame
-        for other in frame
-        if one is not other and one.label == a and other.label == b
-    )
+    return ((one.box, other.box) for one in frame for other in frame if (one.label, other.label) == (a, b))
 
 
 def _placed(one: Box, other: Box, axis: int, sign: int) -> float:
