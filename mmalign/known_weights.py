@@ -68,6 +68,12 @@ def _openai(repo: str, licence: str, model: str) -> Checkpoint:
     return Checkpoint(OPENAI, repo, licence, "open_clip", fits=(CLIP, model))
 
 
+def _detector(repo: str, licence: str) -> Checkpoint:
+    """A folder of transformers with a detector in it, whole."""
+    fits = (f"{VLM}:check_folder", "MODEL_FOR_OBJECT_DETECTION_MAPPING")
+    return Checkpoint(("config.json",), repo, licence, "transformers", also=FOLDER, fits=fits)
+
+
 def _chat_model(repo: str, licence: str) -> Checkpoint:
     """A folder of transformers, whole."""
     return Checkpoint(("config.json",), repo, licence, "transformers", also=FOLDER, fits=(f"{VLM}:check_folder",))
@@ -307,6 +313,10 @@ KNOWN: dict[str, Checkpoint] = {
     "llava-onevision-0.5b": _chat_model("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "Apache-2.0"),
     "smolvlm-256m": _chat_model("HuggingFaceTB/SmolVLM-256M-Instruct", "Apache-2.0"),
     "unified-reward-qwen-7b": _chat_model("CodeGoat24/UnifiedReward-qwen-7b", "MIT"),
+    # Substitutes for what VBench asks GRiT and Tag2Text for: objects, colours, relations, scenes.
+    "rtdetr-v2-r50": _detector("PekingU/rtdetr_v2_r50vd", "Apache-2.0"),
+    "rtdetr-v2-r18": _detector("PekingU/rtdetr_v2_r18vd", "Apache-2.0"),
+    "blip-captioning-large": _chat_model("Salesforce/blip-image-captioning-large", "BSD-3-Clause"),
     "multi-tap-qwen2-vl-2b": Checkpoint(
         ("model.safetensors.index.json", "model.safetensors"),
         "brl-xfact/Multi-TAP-Qwen2-VL-2B",
