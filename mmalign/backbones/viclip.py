@@ -5,8 +5,9 @@ and all 2,048 attend to one another and to one class token, whose state is proje
 with a context of 32 tokens. Blocks and text tower are open_clip's classes, which have the published names.
 
 The published file is ``ViClip-InternVid-10M-FLT.pth``, names below ``vision_encoder.`` and ``text_encoder.`` and the
-trained temperature ``temp``, all below ``model``; the same names without ``model`` are read too, from PyTorch or
-safetensors. Every size is read from the tensors but that of a head, which is 64 as in every ViT of CLIP.
+trained temperature ``temp``, all below ``model``. Beside them the training's config may lie, Python objects that are
+not read: `mmalign weights convert` takes the tensors out. The names without ``model`` are read too, and safetensors.
+Every size is read from the tensors but that of a head, which is 64 as in every ViT of CLIP.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from mmalign.backbones.clip import ClipTokenizer
 from mmalign.backbones.clip_config import OPENAI_MEAN, OPENAI_STD, Preprocess
-from mmalign.evaluation import Batch
+from mmalign.evaluation import Batch, Middle
 from mmalign.weights import load_into, read_state_dict
 
 __all__ = [
@@ -225,7 +226,7 @@ class ViClip:
     The towers run in `dtype`; the last projection of clips, and all lengths, are float32.
 
     Attributes:
-        sizes: of the network; ``sizes.frames`` is the number of frames that a clip has to have.
+        sizes: of the network; ``sizes.frames`` is the number of frames that it reads of a clip.
         tokenizer: CLIP's own vocabulary, cut to the context with the end token last.
         device, dtype: where and in what precision the towers run.
     """
@@ -234,6 +235,7 @@ class ViClip:
         self.sizes, self.device, self.dtype = model.sizes, device, dtype
         text = {"context_length": self.sizes.context_length, "vocab_size": self.sizes.vocab_size}
         self.tokenizer = ClipTokenizer(text)
+        self._plan = Middle(self.sizes.frames)
         self._preprocess = Preprocess(self.sizes.image_size, OPENAI_MEAN, OPENAI_STD)
         self._projection = model.vision_encoder.proj.detach().float().to(device)
         model.text_encoder.attn_mask = torch.full((self.sizes.context_length,) * 2, float("-inf")).triu_(1)
@@ -242,21 +244,19 @@ class ViClip:
 
     @torch.no_grad()
     def videos(self, clips: Sequence[Tensor]) -> Tensor:
-        """Unit-length features of clips uint8 [T, 3, H, W] of any sizes, T = ``sizes.frames``: float32 [B, D].
+        """Unit-length features of clips uint8 [T, 3, H, W] of any lengths and sizes: float32 [B, D].
 
-        Raises:
-            ValueError: a clip has another number of frames.
+        Of a clip that has not ``sizes.frames`` frames those of `Middle` are read.
         """
         found = []
         for start in range(0, len(clips), CLIPS_AT_ONCE):
             part = clips[start : start + CLIPS_AT_ONCE]
-            found.append(self._encode(torch.stack([self._pixels(clip) for clip in part])))
+            found.append(self._encode(torch.cat([self._pixels(clip[None]) for clip in part])))
         return torch.cat(found)
 
     def video_tensor(self, clips: Tensor) -> Tensor:
         """`videos` with a gradient: float [B, T, 3, H, W] in [0, 1] -> float32 [B, D]; see `middle_square`."""
-        parts = clips.split(CLIPS_AT_ONCE)
-        return torch.cat([self._encode(torch.stack([self._pixels(clip) for clip in part])) for part in parts])
+        return torch.cat([self._encode(self._pixels(part)) for part in clips.split(CLIPS_AT_ONCE)])
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit-length features of prompts, float32 [B, D]; each distinct prompt is encoded once, and remembered."""
@@ -272,10 +272,11 @@ class ViClip:
         """For each prompt, whether it is longer than the context."""
         return self.tokenizer.truncated(prompts)
 
-    def _pixels(self, clip: Tensor) -> Tensor:
-        if len(clip) != self.sizes.frames:
-            raise ValueError(f"ViCLIP reads {self.sizes.frames} frames, not {len(clip)}; take them with Middle(8).")
-        return self._preprocess.normalise(middle_square(clip.to(self.device), self.sizes.image_size))
+    def _pixels(self, clips: Tensor) -> Tensor:
+        """What the tower reads of clips [B, T, 3, H, W] of one size."""
+        clips = clips[:, self._plan.indices(clips.shape[1], 0.0)].to(self.device)
+        square = middle_square(clips.flatten(0, 1), self.sizes.image_size)
+        return self._preprocess.normalise(square).unflatten(0, clips.shape[:2])
 
     def _encode(self, pixels: Tensor) -> Tensor:
         states = self._model.vision_encoder(pixels.to(self.dtype)).float()
