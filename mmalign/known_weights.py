@@ -22,8 +22,9 @@ class Checkpoint:
         keys: layout of the state dict, as the reader of that kind of network names it: ``open_clip`` or ``hf_clip``
             (either is read for a CLIP), ``long_clip`` (open_clip's with ``positional_embedding_res``), ``mps``
             (``model.*`` and ``cross_model.*``), ``linear``, ``mlp5``, ``mlp5_relu``, ``image_reward``,
-            ``mask2former``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and so on; ``config``, ``text`` and
-            ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that library.
+            ``mask2former``, ``viclip``, ``umt``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and so on; ``config``,
+            ``text`` and ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that
+            library.
         sha256: digest of the authors' file; None where it has not been checked against a copy.
         also: further files of the repository that scoring reads, such as a config or a tokeniser; ``*`` stands for
             any characters.
@@ -278,5 +279,14 @@ KNOWN: dict[str, Checkpoint] = {
         "multi_tap",
         also=FOLDER,
         fits=(f"{VLM}:check_multi_tap", "qwen2-vl-2b", "qwen2-vl-2b-config"),
+    ),
+    # What dimensions of VBench run.
+    "viclip-internvid-10m-flt": Checkpoint(
+        ("ViClip-InternVid-10M-FLT.pth", "ViClip-InternVid-10M-FLT.safetensors", "model.safetensors"),
+        "OpenGVLab/ViCLIP",
+        "MIT",
+        "viclip",
+        pickled=True,
+        fits=("mmalign.backbones.viclip:check_fits",),
     ),
 }
