@@ -188,10 +188,9 @@ def asked_of_row(value: Any, params: QuestionParams) -> Asked:
     if not isinstance(value, list) or not value or not all(isinstance(one, str) and one.strip() for one in value):
         raise ValueError("there is no list of questions, which is what can be asked with yes and no")
     texts = [one.strip() for one in value]
-    parts: list[Shown] = [*params.shown, *["all"] * len(texts)][: len(texts)]  # type: ignore[list-item]
     questions = [
-        ClipQuestion(f"#{place + 1}", text, shown=part)
-        for place, (text, part) in enumerate(zip(texts, parts, strict=True))
+        ClipQuestion(f"#{place + 1}", text, shown=params.shown[place] if place < len(params.shown) else "all")
+        for place, text in enumerate(texts)
     ]
     if judge is None:
         return Asked.of(questions, params.combine)
