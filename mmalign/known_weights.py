@@ -289,4 +289,11 @@ KNOWN: dict[str, Checkpoint] = {
         pickled=True,
         fits=("mmalign.backbones.viclip:check_fits",),
     ),
+    "umt-l16-k400": Checkpoint(
+        ("l16_ptk710_ftk710_ftk400_f16_res224.pth", "l16_ptk710_ftk710_ftk400_f16_res224.safetensors"),
+        "OpenGVLab/VBench_Used_Models",
+        UNREAD,
+        "umt",
+        fits=("mmalign.backbones.umt:check_fits",),
+    ),
 }

@@ -199,7 +199,7 @@ class TestListing:
 
     def test_evaluators_as_json_say_what_they_declare(self) -> None:
         rows = {row["name"]: row for row in listing(Kind.evaluators, plugins=False, declared=True)}
-        assert rows.keys() == {path.stem for path in (ROOT / "evaluators").glob("[!_]*.py")}
+        assert rows.keys() == {path.stem.replace("__", "@") for path in (ROOT / "evaluators").glob("[!_]*.py")}
         page = (ROOT / "docs" / "evaluators.md").read_text(encoding="utf-8")
         for name, row in rows.items():
             assert "error" not in row and row["licence"] and row["source"] and row["modality"], row
@@ -208,7 +208,7 @@ class TestListing:
                 assert (ROOT / "docs" / "scorers" / f"{name}.md").is_file(), f"{name} has no page"
                 assert f"(scorers/{name}.md)" in page, f"docs/evaluators.md does not lead to {name}'s page"
             expected = name in {"aesthetic", "clip_score", "fitted_reward", "hps", "hpsv3", "image_reward", "mps"} | {
-                "pickscore", "social_reward", "vlm_reward"}  # fmt: skip
+                "overall_consistency", "pickscore", "social_reward", "temporal_style", "vlm_reward"}  # fmt: skip
             assert row["differentiable"] == expected, f"{name}: its contract test follows a gradient to the pixels"
             assert ("video" in row["modality"]) <= ("frames" in row["needs"]), name
         assert {"v1", "v2"} <= set(rows["aesthetic"]["params"]["head"]["enum"])
