@@ -110,7 +110,7 @@ def read_q16(checkpoint: Path) -> Tensor:
     if checkpoint.suffix in (".p", ".pkl", ".pickle"):
         raise ValueError(
             f"q16: {checkpoint} is a pickle, which could run any code when it is loaded, so it is not read. "
-            "docs/scorers/trust.md says how to make a safetensors file of it."
+            "docs/scorers/safety.md says how to make a safetensors file of it."
         )
     state = read_state_dict(checkpoint)
     shapes = {name: list(value.shape) for name, value in state.items()}
