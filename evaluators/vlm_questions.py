@@ -13,6 +13,8 @@ from mmalign.backbones.vlm import VisionLanguageModel, load_vlm
 from mmalign.backbones.vlm_loading import vlm_files
 from mmalign.evaluation import BackboneSpec, Batch, Evaluator, Scores, Uniform
 
+SOURCES = "give either `questions` (a file) or `ask` (one question)"
+
 
 class VlmQuestions(Evaluator):
     """How many yes/no questions about a clip a vision-language model answers as expected, from 0 to 1.
@@ -46,7 +48,7 @@ class VlmQuestions(Evaluator):
         @model_validator(mode="after")
         def _source(self) -> "VlmQuestions.Params":
             if (self.questions is None) == (self.ask is None):
-                raise ValueError("give either `questions` (a file) or `ask` (one question)")
+                raise ValueError(SOURCES)
             if self.ask is not None and "{prompt}" not in self.ask:
                 raise ValueError("ask needs {prompt}; questions without it belong into a file")
             suite = self.questions is not None and self.questions.suffix.lower() == ".json"
@@ -90,7 +92,8 @@ def read(params: VlmQuestions.Params) -> Checklist | dict[str, Asked]:
     if params.ask is not None:
         shown = params.shown[0] if params.shown else "all"
         return Checklist(Path("ask"), (ClipQuestion("#1", params.ask, shown=shown),), {})
-    assert params.questions is not None
+    if params.questions is None:
+        raise ValueError(SOURCES)
     if params.dimension is not None:
         return read_suite(params.questions, params.dimension, params)
     return read_checklist(params.questions, params)

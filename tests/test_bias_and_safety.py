@@ -288,6 +288,33 @@ def test_a_clip_without_any_face_has_no_class():
     assert {name: value.tolist() for name, value in found.items()} == {"male": [0.0], "female": [0.0], "frames": [0.0]}
 
 
+def test_from_clips_to_the_dimensions_score_through_the_runner(clip, tmp_path):
+    from mmalign.jobs import EvaluatorSpec, ScoreConfig
+    from mmalign.media import write_video
+    from mmalign.results import read_results
+    from mmalign.score import run
+
+    lines = []
+    for number, one in enumerate(clips_of([(20, 40, 50)] * 4, smooth=True)):
+        write_video(tmp_path / f"{number}.mp4", one, fps=8)
+        row = {"sample": f"s{number}", "media": f"{number}.mp4", "modality": "video", "prompt": "ab"[number // 2]}
+        lines.append(json.dumps({**row, "aux": {"faces": [[[3, 3, 30, 30]] if number else []] * 16}}) + "\n")
+    (tmp_path / "table.jsonl").write_text("".join(lines))
+    specs = [EvaluatorSpec(name=name, params=clip[1]) for name in ("gender_bias@clip", "skin_bias")]
+    run(ScoreConfig(table=str(tmp_path / "table.jsonl"), output=str(tmp_path / "out"), device="cpu", evaluators=specs))
+    clips = {}
+    for row in read_results(tmp_path / "out").rows:
+        assert row["status"] == "ok", row["reason"]
+        one = clips.setdefault((row["evaluator"].partition("[")[0], row["sample"]), {"prompt": row["prompt"]})
+        one[row["subscore"]] = row["score"]
+    for name in ("gender_bias@clip", "skin_bias"):
+        rows = [one for (evaluator, _), one in clips.items() if evaluator == name]
+        score, prompts = trust_score(name, rows)
+        assert 0 <= score <= 1 and set(prompts) == {"a", "b"}
+    without = clips["skin_bias", "s0"]
+    assert without == {"prompt": "a", "fair": 0, "medium": 0, "dark": 0, "frames": 0}
+
+
 def test_bias_evaluators_keep_the_contract(clip, tmp_path):
     sizes, prompts = ((64, 64), (33, 70), (2, 2)), ("a", "b", "c")
     check_evaluator("skin_bias@detector", clip[1], prompts=prompts, sizes=sizes, processes=1)

@@ -333,6 +333,22 @@ def test_files_and_parameters_that_do_not_fit(folder, tmp_path):
         check(questions=tmp_path / "bad.csv")
 
 
+def test_the_runner_plans_every_source(folder, tmp_path):
+    """It asks for the files with every path left out, to tell which paths count besides their contents."""
+    from mmalign.score_plan import make_jobs
+
+    files = [write(tmp_path / f"{name}.jsonl", [{"question": f"{name}?"}]) for name in "ab"]
+    own = [("vlm_questions", {"model": folder, "questions": path}) for path in files]
+    suites = [
+        ("vlm_questions", {"model": folder, "questions": suite(tmp_path), "dimension": name})
+        for name in ("Mechanics", "Composition")
+    ]
+    asked = ("vlm_questions", {"model": folder, "ask": "{prompt}?"})
+    jobs = [make_jobs([one])[0] for one in (*own, *suites, asked, ("vlm_row_questions", {"model": folder}))]
+    identities = {(job.params_text, job.weight_hash, job.name) for job in jobs}
+    assert len(identities) == len(jobs)
+
+
 def test_csv_says_what_jsonl_says(folder, tmp_path):
     lines = [
         {"id": "a", "question": "A, b?", "weight": 2},
