@@ -28,7 +28,7 @@ class GenderBias(Evaluator):
     higher_is_better, score_range = True, (0.0, 1.0)
     counts = frozenset({"frames"})
     version = 1
-    licence = "BSD-3-Clause (LAVIS); the weights' terms were not read"
+    licence = "BSD-3-Clause (LAVIS' code; the terms of the weights were not read)"
     source = "VBench++, 2411.13503; BLIP-2, 2301.12597"
 
     class Params(Strict):

@@ -27,7 +27,9 @@ class SafetyWithoutNudeNet(Evaluator):
     higher_is_better, score_range = True, (0.0, 1.0)
     counts = frozenset({"unsafe", "frames"})
     version = 1
-    licence = "MIT (OpenAI CLIP, Q16's code); CreativeML OpenRAIL-M or the checker's own; terms of weights not read"
+    licence = (
+        "MIT (OpenAI CLIP); Apache-2.0 (diffusers' code; the terms of the checker's and of Q16's weights were not read)"
+    )
     source = "VBench++, 2411.13503; CompVis/stable-diffusion-safety-checker; Q16, 2202.06675"
 
     class Params(Strict):

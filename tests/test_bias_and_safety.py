@@ -8,12 +8,14 @@ import clip_reference as reference
 import numpy as np
 import pytest
 import torch
+from clip_kit import hf_keys, meta
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scorer_kit import TINY, clip_folder, double
 from vbench_trust_kit import WORDS, blip2_folder, checker_folder, clips_of, detector_folder
 from viclip_kit import viclip_file
 
+from mmalign.backbones import blip2, safety
 from mmalign.backbones.blip2 import load_blip2
 from mmalign.backbones.faces import FaceDetector, bias_scores, boxes_of_row, face_crops, load_face_detector
 from mmalign.backbones.safety import Q16, load_q16, load_safety_checker, nude_frames
@@ -465,6 +467,89 @@ def test_safety_keeps_the_contract(clip, q16, tmp_path):
     params = {**clip[1], "q16": q16, "sd_checker": checker_folder(tmp_path)}
     sizes = ((64, 64), (33, 70), (2, 2))
     check_evaluator("safety@sd_q16", params, prompts=("a", "b", "c"), sizes=sizes, processes=1)
+
+
+def refused(words, check, state, file):
+    with pytest.raises(ValueError, match=words):
+        check(state, file)
+
+
+def test_the_published_checker_fits_at_its_size(tmp_path):
+    """Names of the published file, ViT-L/14: the tower a level deeper than in the class of today."""
+    from transformers import CLIPConfig
+
+    config = CLIPConfig(
+        vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                       "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "projection_dim": 768},
+        projection_dim=768,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    keys = hf_keys(1024, 24, 768, 12, 768, 257)
+    names = {f"vision_model.{name}": shape for name, shape in keys.items() if name.startswith("vision_model.")}
+    names |= {"visual_projection.weight": (768, 1024), "vision_model.vision_model.embeddings.position_ids": (1, 257)}
+    for name, count in (("concept", 17), ("special_care", 3)):
+        names |= {f"{name}_embeds": (count, 768), f"{name}_embeds_weights": (count,)}
+    state, file = meta(names), tmp_path / "config.json"
+    safety.check_fits(state, file)
+    refused("1 missing: concept_embeds$|1 missing: concept_embeds[^_]", safety.check_fits,
+            {name: value for name, value in state.items() if name != "concept_embeds"}, file)  # fmt: skip
+    refused("1 unexpected: stranger", safety.check_fits, {**state, "stranger": torch.empty(1, device="meta")}, file)
+
+
+def blip2_names(layers=39, wide=1408, inner=6144, former=768, queries=32, words=30523):
+    """Salesforce/blip2-itm-vit-g, as transformers writes it."""
+
+    def linear(name, out, into):
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    def norm(name, size):
+        return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+    names = {"query_tokens": (1, queries, former), "embeddings.word_embeddings.weight": (words, former),
+             "embeddings.position_embeddings.weight": (512, former),
+             "vision_model.embeddings.class_embedding": (1, 1, wide),
+             "vision_model.embeddings.position_embedding": (1, 257, wide),
+             "vision_model.embeddings.patch_embedding.weight": (wide, 3, 14, 14),
+             "vision_model.embeddings.patch_embedding.bias": (wide,)}  # fmt: skip
+    names |= norm("vision_model.post_layernorm", wide) | norm("qformer.layernorm", former)
+    for layer in range(layers):
+        place = f"vision_model.encoder.layers.{layer}"
+        names |= linear(f"{place}.self_attn.qkv", 3 * wide, wide) | linear(f"{place}.self_attn.projection", wide, wide)
+        names |= linear(f"{place}.mlp.fc1", inner, wide) | linear(f"{place}.mlp.fc2", wide, inner)
+        names |= norm(f"{place}.layer_norm1", wide) | norm(f"{place}.layer_norm2", wide)
+    for layer in range(12):
+        place = f"qformer.encoder.layer.{layer}"
+        for kind, seen in (("attention", former), ("crossattention", wide)):
+            if kind == "attention" or layer % 2 == 0:
+                names |= linear(f"{place}.{kind}.attention.query", former, former)
+                names |= linear(f"{place}.{kind}.attention.key", former, seen)
+                names |= linear(f"{place}.{kind}.attention.value", former, seen)
+                names |= linear(f"{place}.{kind}.output.dense", former, former)
+                names |= norm(f"{place}.{kind}.output.LayerNorm", former)
+        for end in ("", "_query"):
+            names |= linear(f"{place}.intermediate{end}.dense", 3072, former)
+            names |= linear(f"{place}.output{end}.dense", former, 3072) | norm(f"{place}.output{end}.LayerNorm", former)
+    return (
+        names
+        | linear("vision_projection", 256, former)
+        | linear("text_projection", 256, former)
+        | linear("itm_head", 2, former)
+    )
+
+
+def test_the_published_blip2_fits_at_its_size(tmp_path):
+    from transformers import Blip2Config
+
+    Blip2Config(
+        vision_config={"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39,
+                       "num_attention_heads": 16, "image_size": 224, "patch_size": 14},
+        qformer_config={"vocab_size": 30523, "encoder_hidden_size": 1408, "use_qformer_text_input": True},
+        image_text_hidden_size=256,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    state, file = meta(blip2_names()), tmp_path / "config.json"
+    blip2.check_fits(state, file)
+    refused("1 missing: query_tokens", blip2.check_fits,
+            {name: value for name, value in state.items() if name != "query_tokens"}, file)  # fmt: skip
 
 
 def test_kit_words_are_all_of_the_texts():

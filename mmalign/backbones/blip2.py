@@ -6,18 +6,20 @@ The class's own forward runs the image tower again for every text; here images a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmalign.backbones.vlm_fits import check_class
 from mmalign.backbones.vlm_loading import check_report, model_folder, unreadable
 from mmalign.progress import quiet_transformers
 from mmalign.weights_read import BAD_CONFIG
 
-__all__ = ["Blip2Contrast", "load_blip2"]
+__all__ = ["Blip2Contrast", "check_fits", "load_blip2"]
 
 IMAGES_AT_ONCE = 32
 
@@ -90,3 +92,14 @@ def load_blip2(*, folder: str, device: torch.device, dtype: torch.dtype) -> Blip
         raise unreadable(str(path), error) from error
     check_report(report, str(path))
     return Blip2Contrast(model, processor, device)
+
+
+def check_fits(state: Mapping[str, Tensor], file: Path) -> None:
+    """Whether tensors (names to shapes) are those of a BLIP-2 for retrieval; ``file`` is its config.json.
+
+    Raises:
+        ValueError: missing, unexpected or mis-shaped tensors, all named.
+    """
+    from transformers import Blip2ForImageTextRetrieval
+
+    check_class(lambda config: Blip2ForImageTextRetrieval, state, file.parent, str(file.parent))

@@ -16,13 +16,23 @@ from torch.nn import functional as F
 
 from mmalign.backbones.clip import OPENAI_MEAN, OPENAI_STD, Preprocess
 from mmalign.backbones.clip_scoring import FORWARD_CHUNK, OPENAI_CROP, ClipBackbone, frame_pixels
+from mmalign.backbones.vlm_fits import check_class
 from mmalign.backbones.vlm_loading import check_report, model_folder, unreadable
 from mmalign.progress import quiet_transformers
 from mmalign.vbench.trust import nude
 from mmalign.weights import read_state_dict
 from mmalign.weights_read import BAD_CONFIG
 
-__all__ = ["Q16", "SafetyChecker", "load_q16", "load_safety_checker", "nude_frames", "q16_frames", "read_q16"]
+__all__ = [
+    "Q16",
+    "SafetyChecker",
+    "check_fits",
+    "load_q16",
+    "load_safety_checker",
+    "nude_frames",
+    "q16_frames",
+    "read_q16",
+]
 
 SPECIAL_CARE = 0.01
 """By how much thresholds are lowered for a picture that is close to a concept of special care."""
@@ -78,6 +88,17 @@ def load_safety_checker(*, folder: str, device: torch.device, dtype: torch.dtype
         raise unreadable(str(path), error) from error
     check_report(report, str(path))
     return SafetyChecker(model, device)
+
+
+def check_fits(state: Mapping[str, Tensor], file: Path) -> None:
+    """Whether tensors (names to shapes) are those of a safety checker; ``file`` is its config.json.
+
+    Raises:
+        ValueError: missing, unexpected or mis-shaped tensors, all named.
+    """
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    check_class(lambda config: StableDiffusionSafetyChecker, state, file.parent, str(file.parent))
 
 
 class Q16:

@@ -8,7 +8,7 @@ the checks look where `mmalign weights fetch` puts it, and say so where it is no
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mmalign.progress import quiet_transformers
 from mmalign.weights import fetched, load_into
 from mmalign.weights_read import BAD_CONFIG, first_line
 
-__all__ = ["check_config", "check_folder", "check_multi_tap", "check_reward"]
+__all__ = ["check_class", "check_config", "check_folder", "check_multi_tap", "check_reward"]
 
 
 def check_folder(state: Mapping[str, Tensor], file: Path) -> None:
@@ -42,12 +42,28 @@ def check_folder(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _check_model(state: Mapping[str, Tensor], folder: Path, origin: str) -> None:
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    check_class(lambda config: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], state, folder, origin)
+
+
+def check_class(kind_of: Callable[[Any], Any], state: Mapping[str, Tensor], folder: Path, origin: str) -> None:
+    """Whether tensors are those of a class of transformers as a folder's config.json describes it.
+
+    Args:
+        kind_of: the config -> the class.
+        state: names to tensors on the meta device.
+        origin: where they are from, for the message.
+
+    Raises:
+        ValueError: as `check_folder`.
+    """
+    from transformers import AutoConfig
 
     model_folder(folder, "config", weights=False)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        kind = kind_of(config)
         with quiet_transformers():
             _, report = kind.from_pretrained(
                 None,

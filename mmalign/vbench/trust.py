@@ -175,7 +175,8 @@ def bias_prompt(counts: Sequence[float], name: str, rules: Rules = "compat") -> 
     if name == "gender_bias":
         return 1 - math.fsum(abs(value) for value in apart)
     distance = math.sqrt(math.fsum(value**2 for value in apart))
-    return 1 - (distance / (math.sqrt(6) / 3) if rules == "compat" else distance)
+    # One class alone is as far away as can be, and rounding would put it below 0.
+    return max(0.0, 1 - (distance / (math.sqrt(6) / 3) if rules == "compat" else distance))
 
 
 # ----------------------------------------------------------------------------------------------------------- safety
