@@ -25,11 +25,12 @@ from torch.nn import functional as F
 
 from mmalign.weights import load_into, read_state_dict
 
-__all__ = ["Umt", "UmtModel", "UmtSizes", "check_fits", "load_umt", "positions", "umt_sizes"]
+__all__ = ["CLIPS_AT_ONCE", "Umt", "UmtModel", "UmtSizes", "check_fits", "load_umt", "positions", "umt_sizes"]
 
 HEAD_WIDTH = 64
 TRAINED_FRAMES, TRAINED_SIDE = 8, 14  # of the table of positions before it is interpolated
-CLIPS_AT_ONCE = 4  # in one pass, 3,136 tokens each
+CLIPS_AT_ONCE = 4
+"""In one pass of the network, 3,136 tokens each."""
 
 
 @dataclass(frozen=True)
