@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmalign.backbones.umt import Umt, load_umt
+from mmalign.backbones.umt import CLIPS_AT_ONCE, Umt, load_umt
 from mmalign.evaluation import BackboneSpec, Batch, Evaluator, Middle, Scores, Strict, find_checkpoint, score_ready
 from mmalign.vbench.actions import asked_label, kinetics_400, named_label, place_of, read_classes, shown, top_five
 from mmalign.vbench.opencv import resize_bilinear
@@ -71,8 +71,9 @@ class HumanAction(Evaluator):
         """``score`` and ``probability`` [B]; with ``rules: strict`` ValueError where the prompt names no class."""
 
         def judged(places: Sequence[int], asked: Sequence[int | None]) -> Scores:
-            logits = self.umt.logits(torch.stack([self._pixels(batch.frames[place]) for place in places])).cpu()
-            return self._judge(logits, asked)
+            parts = [places[start : start + CLIPS_AT_ONCE] for start in range(0, len(places), CLIPS_AT_ONCE)]
+            pixels = (torch.stack([self._pixels(batch.frames[place]) for place in part]) for part in parts)
+            return self._judge(torch.cat([self.umt.logits(clips) for clips in pixels]).cpu(), asked)
 
         return score_ready(len(batch), lambda place: self._class(batch.prompts[place]), judged)
 

@@ -79,6 +79,7 @@ LAYERS: list[set[str]] = [
         "media",
         "decoding",
         "source",
+        "stills",
         "video",
         "video_container",
         "video_writer",

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ from torch.nn import functional as F
 
 from mmalign.weights import load_into, read_state_dict
 
-__all__ = ["Umt", "UmtModel", "UmtSizes", "check_fits", "load_umt", "positions", "umt_sizes"]
+__all__ = ["CLIPS_AT_ONCE", "Umt", "UmtModel", "UmtSizes", "check_fits", "load_umt", "positions", "umt_sizes"]
 
 HEAD_WIDTH = 64
 TRAINED_FRAMES, TRAINED_SIDE = 8, 14  # of the table of positions before it is interpolated
-CLIPS_AT_ONCE = 4  # in one pass, 3,136 tokens each
+CLIPS_AT_ONCE = 4
+"""In one pass of the network, 3,136 tokens each."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,20 @@ def positions(frames: int, side: int, width: int) -> Tensor:
     return grid.reshape(-1, width)
 
 
+class _Patches(nn.Module):
+    """A convolution whose kernel is one frame deep, under the authors' name."""
+
+    def __init__(self, width: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        # Every frame by itself, which is many times faster as a 2-D convolution.
+        weight, size = self.proj.weight[:, :, 0], self.proj.stride[1:]
+        patches = F.conv2d(clips.flatten(0, 1), weight, self.proj.bias, stride=size)
+        return patches.flatten(2).transpose(1, 2).unflatten(0, clips.shape[:2]).flatten(1, 2)
+
+
 class UmtModel(nn.Module):
     """The classifier under the authors' names: normalised clips [B, T, 3, S, S] -> logits [B, classes]."""
 
@@ -87,10 +103,9 @@ class UmtModel(nn.Module):
         from timm.models.beit import Block
 
         self.sizes = sizes
-        width, patch = sizes.width, sizes.patch_size
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch))
+        width = sizes.width
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = _Patches(width, sizes.patch_size)
         ratio = sizes.hidden / width
         heads = width // HEAD_WIDTH
         self.blocks = nn.ModuleList(
@@ -99,6 +114,7 @@ class UmtModel(nn.Module):
         self.fc_norm = norm(width)
         self.head = nn.Linear(width, sizes.classes)
         table = torch.zeros(1, sizes.frames * sizes.side**2, width)
+        self.pos_embed: Tensor
         if sizes.own_positions:
             self.pos_embed = nn.Parameter(table)
         else:
@@ -107,16 +123,13 @@ class UmtModel(nn.Module):
     def fill(self) -> None:
         """Compute what the file does not hold, after tensors were put into a model without memory."""
         for block in self.blocks:
-            block.attn.k_bias = torch.zeros_like(block.attn.q_bias)
+            attention: Any = block.attn
+            attention.k_bias = torch.zeros_like(attention.q_bias)
         if not self.sizes.own_positions:
             self.pos_embed = positions(self.sizes.frames, self.sizes.side, self.sizes.width)[None]
 
     def forward(self, clips: Tensor) -> Tensor:
-        batch = len(clips)
-        # A kernel of one frame: every frame by itself, which is many times faster as a 2-D convolution.
-        proj = self.patch_embed.proj
-        patches = F.conv2d(clips.flatten(0, 1), proj.weight[:, :, 0], proj.bias, stride=proj.stride[1:])
-        states = patches.flatten(2).transpose(1, 2).reshape(batch, -1, self.sizes.width)
+        states = self.patch_embed(clips)
         states = states + self.pos_embed.to(states.dtype)
         for block in self.blocks:
             states = block(states)
