@@ -268,6 +268,12 @@ def test_suites_that_do_not_fit(folder, tmp_path):
         known(dimension="Human_Interaction")
     with pytest.raises(ValueError, match="has to be a JSON array of rows"):
         known(rows={"a": 1})
+    same = {"prompt_en": "p", "dimension": ["C"], "auxiliary_info": ["x?"]}
+    known(rows=[same, same], dimension="C")
+    with pytest.raises(ValueError, match="row 1: its prompt has other questions in another row"):
+        known(rows=[same, {**same, "auxiliary_info": ["y?"]}], dimension="C")
+    with pytest.raises(ValueError, match="row 0: it has no prompt_en"):
+        known(rows=[{"dimension": ["C"], "auxiliary_info": ["x?"]}], dimension="C")
     bad = {"prompt_en": "p", "dimension": ["C"], "auxiliary_info": {"question": ["x"], "judge": [1, 0]}}
     with pytest.raises(ValueError, match="row 0: judge has to be two of true and false"):
         known(rows=[bad], dimension="C")

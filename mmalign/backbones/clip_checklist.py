@@ -158,8 +158,12 @@ def read_suite(path: Path, dimension: str, params: QuestionParams) -> dict[str, 
         there |= dict.fromkeys(str(name) for name in names)
         if dimension in names:
             try:
-                found[str(row["prompt_en"])] = asked_of_row(row.get("auxiliary_info"), params)
-            except (KeyError, ValueError) as error:
+                if not isinstance(prompt := row.get("prompt_en"), str):
+                    raise ValueError("it has no prompt_en")
+                asked = asked_of_row(row.get("auxiliary_info"), params)
+                if found.setdefault(prompt, asked) != asked:
+                    raise ValueError("its prompt has other questions in another row")
+            except ValueError as error:
                 raise ValueError(f"{path}: row {number}: {error}.") from None
     if not found:
         raise ValueError(f"{path}: no row is of the dimension {dimension}; there are {', '.join(there) or 'none'}.")
