@@ -22,8 +22,8 @@ class Checkpoint:
         keys: layout of the state dict, as the reader of that kind of network names it: ``open_clip`` or ``hf_clip``
             (either is read for a CLIP), ``long_clip`` (open_clip's with ``positional_embedding_res``), ``mps``
             (``model.*`` and ``cross_model.*``), ``linear``, ``mlp5``, ``mlp5_relu``, ``image_reward``,
-            ``mask2former``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and so on; ``config``, ``text`` and
-            ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that library.
+            ``mask2former``, ``raft`` (its authors' names or torchvision's), ``qwen2_vl``, ``qwen2_vl_lora``,
+            ``multi_tap`` and so on; ``config``, ``text`` and ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that library.
         sha256: digest of the authors' file; None where it has not been checked against a copy.
         also: further files of the repository that scoring reads, such as a config or a tokeniser; ``*`` stands for
             any characters.
@@ -57,6 +57,7 @@ CLIP = "mmalign.backbones.clip:check_fits"
 HEAD = "mmalign.backbones.heads:check_fits"
 MASK2FORMER = "mmalign.backbones.mask2former:check_fits"
 VLM = "mmalign.backbones.vlm_fits"
+RAFT = "mmalign.backbones.raft:check_fits"
 OPENAI = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 FOLDER = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # a transformers folder without its copies
 
@@ -278,5 +279,22 @@ KNOWN: dict[str, Checkpoint] = {
         "multi_tap",
         also=FOLDER,
         fits=(f"{VLM}:check_multi_tap", "qwen2-vl-2b", "qwen2-vl-2b-config"),
+    ),
+    # Optical flow, for VBench's dynamic_degree and static filter; see docs/scorers/dynamic_degree.md.
+    "raft-things": Checkpoint(
+        ("raft-things.pth", "raft-things.safetensors"),
+        "https://github.com/princeton-vl/RAFT",
+        "BSD-3-Clause (code; none is stated for the weights)",
+        "raft",
+        fits=(RAFT,),
+        by_hand="Run download_models.sh of https://github.com/princeton-vl/RAFT, which gives models/raft-things.pth",
+    ),
+    "raft-large-torchvision": Checkpoint(
+        ("raft_large_C_T_V1-22a6c225.pth", "raft_large_C_T_V1.safetensors"),
+        "https://github.com/pytorch/vision",
+        "BSD-3-Clause (code; none is stated for the weights)",
+        "raft",
+        fits=(RAFT,),
+        by_hand="Download the file that torchvision's Raft_Large_Weights.C_T_V1.url names",
     ),
 }
