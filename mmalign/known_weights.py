@@ -23,7 +23,8 @@ class Checkpoint:
             (either is read for a CLIP), ``long_clip`` (open_clip's with ``positional_embedding_res``), ``mps``
             (``model.*`` and ``cross_model.*``), ``linear``, ``mlp5``, ``mlp5_relu``, ``image_reward``,
             ``mask2former``, ``raft`` (its authors' names or torchvision's), ``qwen2_vl``, ``qwen2_vl_lora``,
-            ``multi_tap`` and so on; ``config``, ``text`` and ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that library.
+            ``multi_tap`` and so on; ``config``, ``text`` and ``wordpiece`` where the file is no weights;
+            ``transformers`` for a whole folder of that library.
         sha256: digest of the authors' file; None where it has not been checked against a copy.
         also: further files of the repository that scoring reads, such as a config or a tokeniser; ``*`` stands for
             any characters.

@@ -43,9 +43,7 @@ takes what lies outside such a level as zero, as it does everywhere else.
 """
 LEVELS = 4
 NO_RAFT = "these tensors are no RAFT; get raft-things.pth or torchvision's C_T_V1 file."
-PIXELS = (
-    1 << 20
-)  # that go through the network at once; more only if one frame, or one pair, has more
+PIXELS = 1 << 20  # that go through the network at once; more only if one frame, or one pair, has more
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def static_limit(threshold: float, allowed: int) -> float:
 
 
 def file_order(names: Iterable[str], rules: Rules) -> list[str]:
-    """Names in the order in which a prompt's clips are taken: letter by letter (``-10`` before ``-2``), or by number."""
+    """Names in the order in which a prompt's clips are taken: as text (``-10`` before ``-2``), or by number."""
     if rules == "compat":
         return sorted(names)
     return sorted(names, key=lambda name: ([_part(text) for text in re.split(r"(\d+)", name)], name))
