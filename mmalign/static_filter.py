@@ -1,7 +1,8 @@
 """`mmalign vbench static-filter`: of each prompt's clips the first five in which nothing moves.
 
-These are what VBench measures temporal flickering on. Clips are measured by the evaluator ``static_filter`` through `mmalign.score`, in rounds, so that a run that was
-stopped goes on where it was, and clips behind the fifth static one are left alone. The output folder holds::
+These are what VBench measures temporal flickering on. Clips are measured by the evaluator ``static_filter`` through
+`mmalign.score`, in rounds, so that a run that was stopped goes on where it was, and clips behind the fifth static one
+are left alone. The output folder holds::
 
     filtered_videos/                {prompt}-0.mp4 to -4.mp4, copies
     table.jsonl                     the same as a media table, each row for temporal_flickering
@@ -108,7 +109,7 @@ def suite_prompts(suite: Path) -> list[str]:
         raise ValueError(f"{suite}: is not JSON ({error}); give VBench_full_info.json.") from None
     if not isinstance(rows, list):
         raise ValueError(f"{suite}: holds {type(rows).__name__}, not a list of prompts; give VBench_full_info.json.")
-    prompts = {}
+    prompts: dict[str, None] = {}
     for number, row in enumerate(rows):
         named = isinstance(row, dict) and isinstance(row.get("prompt_en"), str)
         if not named or not isinstance(row.get("dimension"), list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -120,3 +121,41 @@ def shifted(frames, step, side=128, seed=0):
     x0, y0 = ((frames - 1) * each if each > 0 else 0 for each in step)
     places = [(x0 - t * step[0], y0 - t * step[1]) for t in range(frames)]
     return torch.stack([picture[:, y : y + side, x : x + side] for x, y in places])
+
+
+# As few channels as there can be.
+LEAN = RaftSizes(
+    (1, 1, 1, 1, 1), (1, 1, 1, 1, 3), radius=1, corr=(1, 1), flow=(1, 1), motion=3, hidden=2, head=1, mask=1
+)
+
+
+def bright_raft(speed, sizes=LEAN):
+    """A network whose flow goes to the right wherever the first frame is light: `speed` pixels where it is white.
+
+    Where a colour's mean v is above 127.5 it is ``speed * tanh(2 v / 255 - 1) / tanh(1)``, else 0, but for the edges.
+    All else is switched off: the context encoder hands brightness through to the state, which the recurrence keeps.
+    """
+    network = build_raft(sizes)
+    state = network.state_dict()
+    for name, value in state.items():
+        value.fill_(1.0 if name.endswith("running_var") or re.search(r"\.1\.weight$", name) else 0)
+    state["context_encoder.convnormrelu.0.weight"][0, :, 3, 3] = 1 / 3
+    for name in ("layer2.0.downsample.0", "layer3.0.downsample.0", "conv"):
+        state[f"context_encoder.{name}.weight"][0, 0, 0, 0] = 1
+    for number in (1, 2):
+        state[f"update_block.recurrent_block.convgru{number}.convz.bias"].fill_(-30)
+    state["update_block.flow_head.conv1.weight"][0, 0, 1, 1] = 1
+    state["update_block.flow_head.conv2.weight"][0, 0, 1, 1] = speed / (8 * 20 * math.tanh(1))
+    return network.eval()
+
+
+def bright_file(folder, speed=6.0):
+    """`bright_raft` as the authors' file; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(authors_layout(bright_raft(speed).state_dict()), folder / "raft-things.pth")
+    return folder / "raft-things.pth"
+
+
+def flat(levels, side=128, width=None):
+    """A clip of frames of one grey each: uint8 [T, 3, side, width]."""
+    return torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, side, width or side)

@@ -101,7 +101,7 @@ def _pyramid(radius: int) -> Any:
     """torchvision's correlation block, which also takes frames that are too small for its four levels."""
     from torchvision.models.optical_flow.raft import CorrBlock
 
-    class Pyramid(CorrBlock):  # type: ignore[misc]
+    class Pyramid(CorrBlock):
         def build_pyramid(self, fmap1: Tensor, fmap2: Tensor) -> None:
             volume = self._compute_corr_volume(fmap1, fmap2)
             _, height, width, _, _, _ = volume.shape
