@@ -199,7 +199,7 @@ class TestListing:
 
     def test_evaluators_as_json_say_what_they_declare(self) -> None:
         rows = {row["name"]: row for row in listing(Kind.evaluators, plugins=False, declared=True)}
-        assert rows.keys() == {path.stem for path in (ROOT / "evaluators").glob("[!_]*.py")}
+        assert rows.keys() == {path.stem.replace("__", "@") for path in (ROOT / "evaluators").glob("[!_]*.py")}
         page = (ROOT / "docs" / "evaluators.md").read_text(encoding="utf-8")
         for name, row in rows.items():
             assert "error" not in row and row["licence"] and row["source"] and row["modality"], row
