@@ -13,7 +13,6 @@ are left alone. The output folder holds::
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,6 @@ __all__ = ["CLIPS", "DIMENSION", "Found", "Settings", "clips_of", "run", "suite_
 DIMENSION = "temporal_flickering"
 CLIPS = 5
 """Clips of a prompt that VBench scores."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,10 +157,7 @@ def run(settings: Settings) -> Found:
         static = {prompt: [settings.folder / name for name in names] for prompt, names in chosen.items()}
         _write(settings, static)
     counts = {prompt: len(names) for prompt, names in clips.items()}
-    found = Found(static, counts, settings.clips, failed, len(answers) - len(failed), other)
-    for line in found.account()[1:]:
-        _log.warning("%s", line.strip())
-    return found
+    return Found(static, counts, settings.clips, failed, len(answers) - len(failed), other)
 
 
 def _measure(settings: Settings, clips: Mapping[str, Sequence[str]]) -> tuple[dict[str, bool], dict[str, str]]:

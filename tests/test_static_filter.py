@@ -146,9 +146,7 @@ def test_nothing_is_replaced_by_another_clip(folder, suite, tmp_path, weights):
     static_filter.run(want)
     videos = tmp_path / "out" / "filtered_videos"
     shutil.copyfile(folder / "a still lake-1.mp4", videos / "a still lake-4.mp4")
-    with pytest.raises(
-        ValueError, match=r"lake-4\.mp4 is not what this run chose \(1 such file\), and is not"
-    ):
+    with pytest.raises(ValueError, match=r"lake-4\.mp4 is not what this run chose \(1 such file\), and is not"):
         static_filter.run(want)
     shutil.copyfile(folder / "a still lake-4.mp4", videos / "a still lake-4.mp4")
     static_filter.run(want)
@@ -190,9 +188,7 @@ def test_a_folder_without_clips_of_the_suite_is_refused(tmp_path):
         clips_of(tmp_path / "none", PROMPTS, "compat")
     (tmp_path / "a dog runs-0.mp4").touch()
     (tmp_path / ".hidden").touch()
-    with pytest.raises(
-        ValueError, match=r"none of its 1 files is a clip called after .*'a still lake-0\.mp4'"
-    ):
+    with pytest.raises(ValueError, match=r"none of its 1 files is a clip called after .*'a still lake-0\.mp4'"):
         clips_of(tmp_path, PROMPTS, "compat")
     (tmp_path / "a still lake.MP4").touch()  # VBench takes a name without number too
     assert clips_of(tmp_path, PROMPTS, "compat") == (

@@ -250,6 +250,9 @@ class RaftFlow:
     def __init__(self, network: nn.Module, device: torch.device | str = "cpu", pixels: int = PIXELS):
         self.network: Any = network.eval().requires_grad_(False).float().to(device)
         self.device, self.pixels = torch.device(device), pixels
+        block = self.network.update_block
+        context = self.network.context_encoder.output_dim - block.hidden_state_size
+        self.gates = [_Gates(gru, context) for gru in (block.recurrent_block.convgru1, block.recurrent_block.convgru2)]
 
     @torch.no_grad()
     def flows(
@@ -297,22 +300,64 @@ class RaftFlow:
             known.update(zip(chosen, encoder(F.pad(images, sides, mode="replicate")), strict=True))
 
     def _pairs(self, first: Tensor, second: Tensor, context: Tensor, updates: int) -> Tensor:
-        """Flows [n, 2, 8 h, 8 w] from features and contexts [n, C, h, w]: the authors' loop, upsampled once."""
+        """Flows [n, 2, 8 h, 8 w] from features and contexts [n, C, h, w].
+
+        The authors' loop, but that the context's part in the gates is computed once, and so is the upsampling.
+        """
         from torchvision.models.optical_flow._utils import make_coords_grid, upsample_flow
 
         net = self.network
         net.corr_block.build_pyramid(first, second)
-        size = net.update_block.hidden_state_size
+        block, size = net.update_block, net.update_block.hidden_state_size
         hidden, context = context[:, :size].tanh(), context[:, size:].relu()
+        known = [gates.of_context(context) for gates in self.gates]
         origin = make_coords_grid(len(first), *first.shape[-2:]).to(first.device)
         coords = origin
         for _ in range(updates):
             looked_up = net.corr_block.index_pyramid(centroids_coords=coords)
-            hidden, change = net.update_block(hidden, context, looked_up, coords - origin)
-            coords = coords + change
+            motion = block.motion_encoder(coords - origin, looked_up)
+            for gates, part in zip(self.gates, known, strict=True):
+                hidden = gates(hidden, motion, part)
+            coords = coords + block.flow_head(hidden)
         net.corr_block.corr_pyramid = []  # the volume of all pairs of cells is by far the largest thing held
         flow: Tensor = upsample_flow(flow=coords - origin, up_mask=net.mask_predictor(hidden))
         return flow
+
+
+class _Gates:
+    """A convolutional GRU on context and motion, for a context that stays the same from update to update.
+
+    A convolution of channels that lie behind each other is the sum of one on each, and a third of the channels are the
+    context's. Update and reset gate read the same channels, so that they are one convolution.
+
+    Args:
+        gru: torchvision's ConvGRU, on (hidden, context, motion).
+        context: channels of the context.
+    """
+
+    def __init__(self, gru: Any, context: int):
+        self.padding = gru.convz.padding
+        hidden = gru.convz.out_channels
+        parts = [hidden, context, gru.convz.in_channels - hidden - context]
+        self.fixed: list[tuple[Tensor, Tensor]] = []
+        self.moving: list[Tensor] = []
+        for convs in ((gru.convz, gru.convr), (gru.convq,)):
+            weight = torch.cat([conv.weight for conv in convs])
+            own, of_context, motion = weight.split(parts, dim=1)
+            self.fixed.append((of_context.contiguous(), torch.cat([conv.bias for conv in convs])))
+            self.moving.append(torch.cat([own, motion], dim=1))
+
+    def of_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What context and biases add to both gates, and to the new state: [n, 2 * hidden, h, w], [n, hidden, h, w]."""
+        gates, new = (F.conv2d(context, weight, bias, padding=self.padding) for weight, bias in self.fixed)
+        return gates, new
+
+    def __call__(self, hidden: Tensor, motion: Tensor, part: tuple[Tensor, Tensor]) -> Tensor:
+        """The next hidden state [n, hidden, h, w]; `part` is what `of_context` gave."""
+        gates = F.conv2d(torch.cat([hidden, motion], dim=1), self.moving[0], padding=self.padding) + part[0]
+        update, reset = gates.sigmoid().chunk(2, dim=1)
+        new = F.conv2d(torch.cat([reset * hidden, motion], dim=1), self.moving[1], padding=self.padding) + part[1]
+        return (1 - update) * hidden + update * new.tanh()
 
 
 def _keep(known: dict[int, Tensor], wanted: set[int]) -> None:
