@@ -14,6 +14,7 @@ from mmalign.media import write_video
 from mmalign.results import read_results
 from mmalign.score import run
 from mmalign.tables import MediaRow, write_media_table
+from mmalign.testing import check_evaluator
 
 WHITE, BLACK = 255, 20  # flow or none, with `bright_raft`
 
@@ -154,6 +155,12 @@ def test_a_clip_is_scored_by_itself(tmp_path, name):
     for key, values in together.items():
         assert torch.equal(values, torch.cat([each[key] for each in alone]))
         assert torch.equal(values, backwards[key].flip(0))
+
+
+@pytest.mark.parametrize("name", ["dynamic_degree", "static_filter"])
+def test_the_contract_holds(tmp_path, name):
+    sizes = ((128, 128), (121, 140), (128, 128))
+    check_evaluator(name, {"checkpoint": bright_file(tmp_path)}, prompts=["a", "b", "a"], sizes=sizes)
 
 
 def test_flows_are_shared_with_the_cameras_motion_in_one_batch(tmp_path):

@@ -248,10 +248,10 @@ class RaftFlow:
     """
 
     def __init__(self, network: nn.Module, device: torch.device | str = "cpu", pixels: int = PIXELS):
-        self.network: Any = network.eval().requires_grad_(False).float().to(device)
+        net: Any = network.eval().requires_grad_(False).float().to(device)
         self.device, self.pixels = torch.device(device), pixels
-        block = self.network.update_block
-        context = self.network.context_encoder.output_dim - block.hidden_state_size
+        self.network, block = net, net.update_block
+        context = net.context_encoder.output_dim - block.hidden_state_size
         self.gates = [_Gates(gru, context) for gru in (block.recurrent_block.convgru1, block.recurrent_block.convgru2)]
 
     @torch.no_grad()
