@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmalign.backbones.raft_clips import middle_frames, raft_backbone, raft_file
 from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Strict, score_ready
+from mmalign.vbench.smoothness import differences, smoothness
 
 
 class MotionSmoothnessFlow(Evaluator):
@@ -65,7 +66,7 @@ class MotionSmoothnessFlow(Evaluator):
         def score(_: Sequence[int], clips: Sequence[Tensor]) -> dict[str, Tensor]:
             found = [self._differences(clip) for clip in clips]
             return {
-                "score": torch.stack([(255 - each.mean()) / 255 for each in found]),
+                "score": torch.stack([smoothness(each) for each in found]),
                 "pairs": torch.tensor([len(each) for each in found], dtype=torch.float64),
             }
 
@@ -80,8 +81,8 @@ class MotionSmoothnessFlow(Evaluator):
             # Within half a rounding error of float32 a warped constant stays what it was, where fractions are cut off.
             predicted = (frame.round() if strict else (frame + 1e-3).floor()).clamp(0, 255)
             real = clip[pairs[place][0] + 1].to(frame.device).float()
-            found.append((predicted - real).abs().double().mean().cpu())
-        return torch.stack(found)
+            found.append(differences(predicted[None], real[None]).cpu())
+        return torch.cat(found)
 
 
 EVALUATOR = MotionSmoothnessFlow
