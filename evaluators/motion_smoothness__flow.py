@@ -78,7 +78,7 @@ class MotionSmoothnessFlow(Evaluator):
         pairs = [(first, first + 2) for first in range(0, len(clip) - 2, 1 if strict else 2)]
         found = []
         for place, frame in middle_frames(self.raft, clip, pairs):
-            # Within half a rounding error of float32 a warped constant stays what it was, where fractions are cut off.
+            # A thousandth is more than float32 rounds off: a warped constant stays itself where fractions are cut off.
             predicted = (frame.round() if strict else (frame + 1e-3).floor()).clamp(0, 255)
             real = clip[pairs[place][0] + 1].to(frame.device).float()
             found.append(differences(predicted[None], real[None]).cpu())
