@@ -50,7 +50,16 @@ LAYERS: list[set[str]] = [
         "score_store",
         "score_summary",
     }
-    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run", "report_sheet"},
+    | {
+        "score_media",
+        "score_params",
+        "score_worker",
+        "report_media",
+        "report_plots",
+        "report_run",
+        "report_sheet",
+        "report_vbench",
+    },
     {"tasks"},
     {
         "models",

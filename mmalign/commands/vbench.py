@@ -123,9 +123,9 @@ def _table(loaded: Loaded, totals: dict[str, Figure], board: list[Row]) -> Table
 
 
 def _percent(value: float | None, ends: tuple[float, float] | None = None) -> str:
-    if value is None:
-        return "–"  # noqa: RUF001
-    return f"{100 * value:.2f}" + (f"\n[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "")
+    from mmalign.figures import percent
+
+    return percent(value) + (f"\n[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if value is not None and ends else "")
 
 
 def _remarks(loaded: Loaded, totals: dict[str, Figure], rules: str, board: list[Row]) -> list[str]:
