@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "sample",
         "score",
         "quickstart",
+        "skeletons",
         "report",
         "compare",
         "doctor",
