@@ -96,11 +96,11 @@ def page() -> str:
     lines = [
         "# Quirks of VBench",
         "",
-        f"The {len(QUIRKS)} places known in which VBench's code does what its papers, its documents or plain sense would"
-        " not have it do, and what `rules: compat` and `rules: strict` do about each. `mmalign list vbench-quirks` shows"
-        " them too, with `--json` for programs; the report shows those that acted on a run. Read in Vchitect/VBench"
-        " (package 0.1.5 and the code after it). This page is made from `mmalign/vbench/quirks.py`"
-        " (`python -c \"from mmalign.vbench.quirks import page; print(page(), end='')\"`); a test keeps it so.",
+        f"The {len(QUIRKS)} places known in which VBench's code does what its papers, its documents or plain sense "
+        "would not have it do, and what `rules: compat` and `rules: strict` do about each. `mmalign list "
+        "vbench-quirks` shows them too, with `--json` for programs; the report shows those that acted on a run. Read "
+        "in Vchitect/VBench (package 0.1.5 and the code after it). This page is made from `mmalign/vbench/quirks.py` "
+        "(`python -c \"from mmalign.vbench.quirks import page; print(page(), end='')\"`); a test keeps it so.",
     ]
     for each in QUIRKS.values():
         lines += [
