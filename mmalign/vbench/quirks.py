@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mmalign.vbench import quirks_quality, quirks_semantic, quirks_suites
 from mmalign.vbench.dimensions import DIMENSIONS, base
 
 __all__ = ["PARTS", "QUIRKS", "Quirk", "of_dimensions", "page", "quirk"]
@@ -50,9 +51,7 @@ class Quirk:
 
 
 def _all() -> dict[str, Quirk]:
-    from mmalign.vbench import quirks_suites, quirks_text
-
-    rows = quirks_text.ROWS + quirks_suites.ROWS
+    rows = quirks_quality.ROWS + quirks_semantic.ROWS + quirks_suites.ROWS
     found = {row[0]: Quirk(*row) for row in rows}
     assert len(found) == len(rows), "two quirks have one id"
     return found
