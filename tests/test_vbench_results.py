@@ -26,6 +26,7 @@ from mmalign.vbench.results import (
     suite_of,
     write_eval_results,
 )
+from mmalign.vbench.score import t2v_totals
 
 Verb = Callable[..., tuple[int, str, str]]
 
@@ -317,8 +318,10 @@ def test_totals_say_what_is_missing(verb: Verb, tmp_path: Path) -> None:
         DimensionScore(name, "exact", each.score, n=3, expected=5, ci95=(0.1, 0.9), bounds=(0.25, 0.75))
         for name, each in results.items() if name == "scene"
     )  # fmt: skip
-    write_record(a_record(dimensions=missing), tmp_path)
+    quality = t2v_totals({name: each.score for name, each in results.items()})["quality"].value
+    write_record(a_record(dimensions=missing, totals={"quality": Figure(quality, ci95=(0.825, 0.845))}), tmp_path)
     out = verb("vbench", "total", tmp_path)[1]
+    assert "[82.5, 84.5]" in out, "the record's interval of the same total"
     assert "semantic: color missing, so there is no total of it" in out
     assert "scene: 3 of 5 clips have a score: between 25.00 and 75.00" in out and "[10.0, 90.0]" in out
     assert "color missing, count as 0" in verb("vbench", "total", tmp_path, "--rules", "compat")[1]
