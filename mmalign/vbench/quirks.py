@@ -44,10 +44,9 @@ class Quirk:
         """What it belongs to, one by one."""
         return tuple(self.dimension.split(", "))
 
-    @property
-    def repaired(self) -> bool:
-        """Whether the modes differ, so that it acts under compat alone."""
-        return self.strict != self.compat
+    def acts(self, rules: str) -> bool:
+        """Whether our mode, compat or strict, reproduces it; its words then begin with "reproduced"."""
+        return {"compat": self.compat, "strict": self.strict}[rules].startswith("reproduced")
 
 
 def _all() -> dict[str, Quirk]:
@@ -77,7 +76,7 @@ def of_dimensions(names: Iterable[str], *, rules: str | None = None) -> list[Qui
     """The quirks of dimensions, by evaluators' labels, and those of all; in the order of `QUIRKS`.
 
     Args:
-        rules: ``strict`` leaves out those that strict repairs; None and ``compat`` leave out none.
+        rules: only those that act under compat, or under strict; None: all.
 
     Raises:
         ValueError: a label whose dimension does not exist.
@@ -87,7 +86,7 @@ def of_dimensions(names: Iterable[str], *, rules: str | None = None) -> list[Qui
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no dimension of VBench")
     chosen = [each for each in QUIRKS.values() if "all" in each.dimensions or wanted & set(each.dimensions)]
-    return [each for each in chosen if not (rules == "strict" and each.repaired)]
+    return [each for each in chosen if rules is None or each.acts(rules)]
 
 
 def page() -> str:
