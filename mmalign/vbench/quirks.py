@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmalign.vbench import quirks_quality, quirks_semantic, quirks_suites
-from mmalign.vbench.dimensions import DIMENSIONS, base
+from mmalign.vbench.dimensions import base
 
 __all__ = ["PARTS", "QUIRKS", "Quirk", "of_dimensions", "page", "quirk"]
 
@@ -75,16 +75,12 @@ def quirk(id: str) -> Quirk:
 def of_dimensions(names: Iterable[str], *, rules: str | None = None) -> list[Quirk]:
     """The quirks of dimensions, by evaluators' labels, and those of all; in the order of `QUIRKS`.
 
+    A dimension that is not VBench's has none of its own.
+
     Args:
         rules: only those that act under compat, or under strict; None: all.
-
-    Raises:
-        ValueError: a label whose dimension does not exist.
     """
     wanted = {base(name) for name in names}
-    unknown = sorted(wanted - set(DIMENSIONS))
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no dimension of VBench")
     chosen = [each for each in QUIRKS.values() if "all" in each.dimensions or wanted & set(each.dimensions)]
     return [each for each in chosen if rules is None or each.acts(rules)]
 
