@@ -339,7 +339,7 @@ def test_totals_of_the_other_suites(verb: Verb, tmp_path: Path) -> None:
     out = verb("vbench", "total", trust)[1]
     assert "54.33" in out and "culture_fairness" in out and "total" not in out
     second = put(tmp_path / "2.json", {"Human Anatomy": [0.5, []]})
-    assert "Creativity: Diversity, Composition missing" in verb("vbench", "total", second)[1]
+    assert "Creativity: all dimensions missing" in verb("vbench", "total", second)[1]
     code, _, err = verb("vbench", "total", second, "--against", "Kling")
     assert code == 2 and "no rows of VBench-2.0" in err
 
