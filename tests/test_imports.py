@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "sample",
         "score",
         "quickstart",
+        "skeletons",
         "report",
         "compare",
         "doctor",
@@ -51,7 +52,16 @@ LAYERS: list[set[str]] = [
         "score_store",
         "score_summary",
     }
-    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run", "report_sheet"},
+    | {
+        "score_media",
+        "score_params",
+        "score_worker",
+        "report_media",
+        "report_plots",
+        "report_run",
+        "report_sheet",
+        "report_vbench",
+    },
     {"tasks"},
     {
         "models",
