@@ -56,6 +56,7 @@ CARD_UNREAD = "MIT (OpenAI's code; the repository's card was not read)"
 
 CLIP = "mmalign.backbones.clip:check_fits"
 HEAD = "mmalign.backbones.heads:check_fits"
+DINO = "mmalign.backbones.dino:check_fits"
 MASK2FORMER = "mmalign.backbones.mask2former:check_fits"
 VLM = "mmalign.backbones.vlm_fits"
 OPENAI = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -65,6 +66,12 @@ FOLDER = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # a transfo
 def _openai(repo: str, licence: str, model: str) -> Checkpoint:
     """An archive of OpenAI as timm gives it; `model` is open_clip's name."""
     return Checkpoint(OPENAI, repo, licence, "open_clip", fits=(CLIP, model))
+
+
+def _detector(repo: str, licence: str) -> Checkpoint:
+    """A folder of transformers with a detector in it, whole."""
+    fits = (f"{VLM}:check_folder", "MODEL_FOR_OBJECT_DETECTION_MAPPING")
+    return Checkpoint(("config.json",), repo, licence, "transformers", also=FOLDER, fits=fits)
 
 
 def _chat_model(repo: str, licence: str) -> Checkpoint:
@@ -281,6 +288,24 @@ KNOWN: dict[str, Checkpoint] = {
         "download amt-s.pth from the Hugging Face repository lalala125/AMT",
         fits=("mmalign.backbones.amt:check_fits",),
     ),
+    # VBench's dimensions.
+    "dino-vitb16": Checkpoint(
+        ("model.safetensors", "dino_vitbase16_pretrain.pth", "dino_vitbase16_pretrain.safetensors"),
+        "timm/vit_base_patch16_224.dino",
+        "Apache-2.0 (code; the terms of the weights were not read)",
+        "dino",
+        fits=(DINO,),
+    ),
+    "dreamsim-ensemble": Checkpoint(
+        ("ensemble_lora/adapter_model.safetensors", "ensemble_lora/adapter_model.bin"),
+        "https://github.com/ssundaram21/dreamsim",
+        "MIT (code; the terms of the weights were not read)",
+        "dreamsim",
+        also=("ensemble_lora/adapter_config.json", "clip_vitb16_pretrain.pth.tar", "open_clip_vitb16_pretrain.pth.tar"),
+        by_hand="Download dreamsim_ensemble_checkpoint.zip of the release v0.2.0-checkpoints of "
+        "https://github.com/ssundaram21/dreamsim and unzip it",
+        fits=("mmalign.backbones.dreamsim:check_fits",),
+    ),
     # Models that are asked (vqascore, unified_reward, vision_reward, gecko, dpg) or read (multi_tap): whole folders.
     "qwen2-vl-2b": _chat_model("Qwen/Qwen2-VL-2B-Instruct", "Apache-2.0"),
     "qwen2.5-vl-7b": _chat_model("Qwen/Qwen2.5-VL-7B-Instruct", "Apache-2.0"),
@@ -288,6 +313,10 @@ KNOWN: dict[str, Checkpoint] = {
     "llava-onevision-0.5b": _chat_model("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "Apache-2.0"),
     "smolvlm-256m": _chat_model("HuggingFaceTB/SmolVLM-256M-Instruct", "Apache-2.0"),
     "unified-reward-qwen-7b": _chat_model("CodeGoat24/UnifiedReward-qwen-7b", "MIT"),
+    # Substitutes for what VBench asks GRiT and Tag2Text for: objects, colours, relations, scenes.
+    "rtdetr-v2-r50": _detector("PekingU/rtdetr_v2_r50vd", "Apache-2.0"),
+    "rtdetr-v2-r18": _detector("PekingU/rtdetr_v2_r18vd", "Apache-2.0"),
+    "blip-captioning-large": _chat_model("Salesforce/blip-image-captioning-large", "BSD-3-Clause"),
     "multi-tap-qwen2-vl-2b": Checkpoint(
         ("model.safetensors.index.json", "model.safetensors"),
         "brl-xfact/Multi-TAP-Qwen2-VL-2B",

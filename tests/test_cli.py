@@ -205,8 +205,9 @@ class TestListing:
             assert "error" not in row and row["licence"] and row["source"] and row["modality"], row
             assert isinstance(row["differentiable"], bool) and row["version"] >= 1, name
             if name not in {"shapes_truth", "shapes_motion", "shapes_place"}:
-                assert (ROOT / "docs" / "scorers" / f"{name}.md").is_file(), f"{name} has no page"
-                assert f"(scorers/{name}.md)" in page, f"docs/evaluators.md does not lead to {name}'s page"
+                base = name.partition("@")[0]  # what stands for another's dimension has its page, or is named on it
+                assert (ROOT / "docs" / "scorers" / f"{base}.md").is_file(), f"{name} has no page"
+                assert f"[{name}](scorers/{base}.md" in page, f"docs/evaluators.md does not lead to {name}'s page"
             expected = name in {"aesthetic", "clip_score", "fitted_reward", "hps", "hpsv3", "image_reward", "mps"} | {
                 "pickscore", "social_reward", "vlm_reward", "imaging_quality", "motion_smoothness", "temporal_style",
                 "overall_consistency", "temporal_flickering"}  # fmt: skip
