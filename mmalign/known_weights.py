@@ -341,4 +341,20 @@ KNOWN: dict[str, Checkpoint] = {
         "umt",
         fits=("mmalign.backbones.umt:check_fits",),
     ),
+    "blip2-itm-vit-g": Checkpoint(
+        ("config.json",),
+        "Salesforce/blip2-itm-vit-g",
+        "BSD-3-Clause (LAVIS' code; the terms of the weights were not read)",
+        "transformers",
+        also=FOLDER,
+        fits=("mmalign.backbones.blip2:check_fits",),
+    ),
+    "sd-safety-checker": Checkpoint(
+        ("config.json",),
+        "CompVis/stable-diffusion-safety-checker",
+        "Apache-2.0 (diffusers' code; the terms of the weights were not read)",
+        "transformers",
+        also=FOLDER,
+        fits=("mmalign.backbones.safety:check_fits",),
+    ),
 }
