@@ -74,7 +74,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     ),
     (
         "negative_cosine_is_zero",
-        "subject_consistency, background_consistency",
+        "subject_consistency, background_consistency, i2v_subject, i2v_background",
         "cosines below 0 count as 0",
         "frames that have nothing in common score as those that merely do not agree",
         _SAME,
@@ -82,7 +82,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     ),
     (
         "dino_position_scale",
-        "subject_consistency",
+        "subject_consistency, i2v_subject",
         "DINO's positional embedding is stretched by (grid + 0.1) / 14 and not to the size of the grid",
         "clips that are not square differ slightly from what timm and transformers give",
         _SAME,
@@ -279,6 +279,14 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "some sizes lose a pixel (511 for 512)",
         _SAME,
         "rounded",
+    ),
+    (
+        "imaging_crop_short",
+        "imaging_quality",
+        "mode shorter_centercrop crops 512 of a side that the cut integer made 511",
+        "a black row or column is seen",
+        _SAME,
+        "no such row, as the side is 512",
     ),
     (
         "imaging_with_gradient",
