@@ -44,8 +44,9 @@ def check_evaluator(
     wrong.
 
     Checked: it is found by name and its summary can be read; shape, dtype and range; repeatability; an item's score
-    depends neither on the rest of its batch nor on its place in it; odd sizes; constant media; one-frame clips; the
-    gradient where it is declared; and the results of one process equal those of several, through the real runner.
+    depends neither on the rest of its batch nor on its place in it; odd sizes; constant media; one-frame clips, which
+    are scored or refused by a ValueError for each; the gradient where it is declared, of clips where it scores these
+    alone; and the results of one process equal those of several, through the real runner.
 
     Args:
         name: as configs name it: a file of ``evaluators/`` or an entry point that is installed.
@@ -73,6 +74,8 @@ def check_evaluator(
     for modality in sorted(cls.modality):
         batches = _batches(modality, prompts, sizes, aux, seed)
         for kind, batch in batches.items():
+            if kind == "one-frame" and _refused(evaluator, batch, f"{name} on {kind} {modality}s"):
+                continue
             _check_values(evaluator, batch, f"{name} on {kind} {modality}s", bounds, tolerance)
         _check_invariance(evaluator, batches["random"], f"{name} on {modality}s", tolerance)
     if cls.differentiable:
@@ -114,6 +117,19 @@ def _score(evaluator: Evaluator, batch: Batch) -> dict[str, Tensor]:
         return subscores(evaluator.score(batch), len(batch), evaluator.name)
 
 
+def _refused(evaluator: Evaluator, batch: Batch, where: str) -> bool:
+    """Whether every item is one that cannot have a score, said by a ValueError in words; as a measure of pairs does."""
+    refused = []
+    for index in range(len(batch)):
+        try:
+            _score(evaluator, batch.take([index]))
+        except ValueError as error:
+            assert str(error), f"{where}: a ValueError without words"
+            refused.append(index)
+    assert len(refused) in (0, len(batch)), f"{where}: the items {refused} are refused and the others are scored"
+    return bool(refused)
+
+
 def _check_values(
     evaluator: Evaluator, batch: Batch, where: str, bounds: tuple[float | None, float | None], tolerance: float
 ) -> None:
@@ -142,7 +158,9 @@ def _check_invariance(evaluator: Evaluator, batch: Batch, where: str, tolerance:
 
 
 def _check_gradient(evaluator: Evaluator, prompts: Sequence[str], tolerance: float, seed: int) -> None:
-    pixels = torch.cat(_media([(48, 48)] * len(prompts), 1, seed + 1))
+    clips = set(evaluator.modality) == {"video"}
+    drawn = _media([(48, 48)] * len(prompts), 3 if clips else 1, seed + 1)
+    pixels = torch.stack(drawn) if clips else torch.cat(drawn)
     images = (pixels.float() / 255).requires_grad_(True)
     scores = evaluator.score_tensor(images, list(prompts))
     where = f"{evaluator.name}.score_tensor"
@@ -151,7 +169,7 @@ def _check_gradient(evaluator: Evaluator, prompts: Sequence[str], tolerance: flo
     assert bool(torch.isfinite(gradient).all()), f"{where}: the gradient is not finite"
     still = [place for place, one in enumerate(gradient) if not bool(one.any())]
     assert not still, f"{where}: the gradient does not reach the pixels of the images {still}"
-    plain = _score(evaluator, Batch(images=list(pixels), frames=[p[None] for p in pixels], prompts=list(prompts)))
+    plain = _score(evaluator, Batch(images=[] if clips else list(pixels), frames=drawn, prompts=list(prompts)))
     name, values = next(iter(plain.items()))
     _close(scores.detach().double(), values, tolerance, f"{where} differs from '{name}' of score on the same images")
 
