@@ -50,7 +50,7 @@ LAYERS: list[set[str]] = [
         "score_store",
         "score_summary",
     }
-    | {"score_media", "score_params", "score_worker", "report_media", "report_plots", "report_run", "report_sheet"},
+    | {"score_media", "score_params", "score_shares", "score_vbench", "score_worker", "report_media", "report_plots", "report_run", "report_sheet"},
     {"tasks"},
     {
         "models",
@@ -100,6 +100,7 @@ LAYERS: list[set[str]] = [
         "jobs_prefer",
         "jobs_prompts",
         "jobs_reward",
+        "jobs_vbench",
         "errors",
         "locks",
         "paths",
@@ -132,6 +133,7 @@ LIGHT = {
     "jobs_inputs": {"pydantic"},
     "jobs_prefer": {"pydantic"},
     "jobs_prompts": {"pydantic"},
+    "jobs_vbench": {"pydantic"},
     "explain": {"pydantic"},
     "yaml12": {"yaml"},
     "paths": set(),

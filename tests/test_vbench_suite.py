@@ -147,7 +147,7 @@ def test_prompts_of_a_category(tmp_path: Path) -> None:
     path.write_text("a cat\n\n  a dog \n", encoding="utf-8")
     assert read_prompts(path) == ("a cat", "a dog")
     path.write_text("a cat\na dog\na cat\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="animal.txt:3: this prompt is line 1 too"):
+    with pytest.raises(ValueError, match=r"animal\.txt:3: this prompt is line 1 too"):
         read_prompts(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="no prompt"):

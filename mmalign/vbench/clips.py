@@ -287,8 +287,8 @@ def _refuse_collisions(held: Clips) -> None:
     if pairs := held.collisions():
         there, absent = pairs[0]
         raise ValueError(
-            f"{held.folder} has clips called {there!r} and none called {absent!r}: the names differ in case alone, and a "
-            "file system that does not tell them apart (macOS, Windows) keeps one for both, so whose clips these are "
+            f"{held.folder} has clips called {there!r} and none called {absent!r}: the names differ in case alone, and "
+            "a file system that does not tell them apart (macOS, Windows) keeps one for both, so whose clips these are "
             "cannot be known. Sample one of them under other names and give a media table with a column prompt, or "
             "leave the dimensions of one out with vbench.dimensions"
         )
@@ -297,12 +297,9 @@ def _refuse_collisions(held: Clips) -> None:
 def _notes(held: Clips, prompts: Sequence[SuitePrompt], samples: int, filtered: bool) -> list[str]:
     notes = []
     if held.doubles:
-        notes.append(
-            f"{len(held.doubles)} clips are there in two forms and taken once; left out: {held.doubles[0]}, ..."
-        )
-    further = 0 if filtered else sum(
-        sum(number >= samples for number in held.numbers(each.prompt)) for each in prompts if FLICKERING in each.dimensions
-    )  # fmt: skip
+        notes.append(f"{len(held.doubles)} clips are there in two forms; left out: {held.doubles[0]}, ...")
+    flickering = [] if filtered else [each.prompt for each in prompts if FLICKERING in each.dimensions]
+    further = sum(number >= samples for prompt in flickering for number in held.numbers(prompt))
     if further:
         notes.append(
             f"{further} further clips of {FLICKERING} are left out, as the reference does without its static filter; "

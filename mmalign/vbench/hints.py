@@ -34,8 +34,8 @@ def causes(held: Clips, prompts: Sequence[SuitePrompt], samples: int, left: Sequ
     shifted = [text for text in texts if 0 not in (numbers := held.numbers(text)) and samples in numbers]
     if shifted:
         found.append(
-            f"numbers begin at 1: {shifted[0]!r} has -1 to -{samples}; the suite counts from 0, so rename them, or name "
-            "the prompts in a media table"
+            f"numbers begin at 1: {shifted[0]!r} has -1 to -{samples}; the suite counts from 0, so rename them, or "
+            "name the prompts in a media table"
         )
     found += _other_suffix(held, known)
     found += _other_spelling(left, known)
@@ -78,10 +78,8 @@ def _other_suffix(held: Clips, known: dict[str, str]) -> list[str]:
     if not suffixes:
         return []
     suffix, number = suffixes.most_common(1)[0]
-    known_ones = ", ".join(form for form in FORMS[:4])
-    return [
-        f"{number} files are called after prompts and end in {suffix or 'nothing'!r}; clips end in {known_ones}, ..."
-    ]
+    known_ones = ", ".join(FORMS[:4])
+    return [f"{number} files are called after prompts and end in {suffix!r}; clips end in {known_ones}, ..."]
 
 
 def _other_spelling(left: Sequence[Clip], known: dict[str, str]) -> list[str]:

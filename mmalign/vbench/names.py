@@ -2,8 +2,8 @@
 
 The reference looks for the exact name and nothing else. Here other spellings are found too, where they can mean one
 prompt only: Unicode written another way (macOS decomposes it), small letters for capitals, signs that file systems
-refuse (``/ \\ : * ? " < > |``) replaced by ``_`` or ``-`` or left out, and prompts of more than 180 letters cut there, as
-VBench-2.0 names them. An exact name goes before all others.
+refuse (``/ \\ : * ? " < > |``) replaced by ``_`` or ``-`` or left out, and prompts of more than 180 letters cut there,
+as VBench-2.0 names them. An exact name goes before all others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmalign.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 __all__ = ["CUT", "FORMS", "Clip", "Clips", "spellings"]
 
 FORMS: tuple[str, ...] = (".mp4", *sorted(VIDEO_SUFFIXES - {".mp4"}), ".gif", *sorted(IMAGE_SUFFIXES - {".gif"}), "")
-"""What a clip may be, and which is taken where a name is there in several forms; the empty one is a folder of frames."""
+"""What a clip may be, and which is taken where a name is there in several forms; "" is a folder of frames."""
 CUT = 180
 """Letters at which VBench-2.0 cuts prompts for their names."""
 _REFUSED = '/\\:*?"<>|'
@@ -125,9 +125,9 @@ class Clips:
     def find(self, prompt: str, number: int) -> Clip | None:
         """The prompt's clip of this number, or None."""
         for spelt in self._spelt[prompt]:
-            if found := self._exact.get(same(f"{spelt}-{number}")):
-                if same(spelt) == same(prompt) or self._alone(spelt, prompt):
-                    return self._best(found)
+            found = self._exact.get(same(f"{spelt}-{number}"))
+            if found and (same(spelt) == same(prompt) or self._alone(spelt, prompt)):
+                return self._best(found)
         for spelt in self._spelt[prompt]:
             if self._alone(spelt, prompt) and (found := self._folded.get(folded(f"{spelt}-{number}"))):
                 return self._best(found)

@@ -36,27 +36,12 @@ AUX: dict[str, tuple[str, ...]] = {
     "appearance_style": ("appearance_style",),
 }
 """What a row's ``auxiliary_info`` says for these dimensions, each a text."""
-_SECOND = frozenset(
-    [
-        "human_anatomy",
-        "human_identity",
-        "human_clothes",
-        "diversity",
-        "composition",
-        "dynamic_spatial_relationship",
-        "dynamic_attribute",
-        "motion_order_understanding",
-        "human_interaction",
-        "complex_landscape",
-        "complex_plot",
-        "motion_rationality",
-        "instance_preservation",
-        "mechanics",
-        "thermotics",
-        "material",
-        "multi_view_consistency",
-    ]
-)
+_SECOND = {
+    *("human_anatomy", "human_identity", "human_clothes", "diversity", "composition", "motion_rationality"),
+    *("dynamic_spatial_relationship", "dynamic_attribute", "motion_order_understanding", "human_interaction"),
+    *("complex_landscape", "complex_plot", "instance_preservation", "mechanics", "thermotics", "material"),
+    "multi_view_consistency",
+}
 _MOST = 10  # mistakes that are told
 
 
@@ -187,9 +172,8 @@ def _row(row: Any, number: int, problems: list[str]) -> SuitePrompt | None:
         if key not in row:
             problems.append(f"row {number}: {key} is missing.{nearest(key, list(map(str, row)))}")
         elif not isinstance(value, kind) or not value or (kind is str and not value.strip()):
-            problems.append(
-                f"row {number}: {key} is {value!r:.60}, not {'a text' if kind is str else 'a list of names'}"
-            )
+            wanted = "a text" if kind is str else "a list of names"
+            problems.append(f"row {number}: {key} is {value!r:.60}, not {wanted}")
     for name in names if isinstance(names, list) else ():
         if name not in DIMENSIONS:
             problems.append(f"row {number}: dimension: there is no {name!r}.{nearest(str(name), list(DIMENSIONS))}")
