@@ -1,0 +1,91 @@
+"""Where VBench's code does what its papers, its documents or plain sense would not have it do.
+
+Each has an id, what it is, what it does to a score, and what ``rules: compat`` and ``rules: strict`` do about it. A
+quirk is listed whether or not a mode changes anything: who compares two figures wants to know. Read in Vchitect/VBench
+(package 0.1.5 and the code after it) where not said otherwise; `docs/vbench.md` shows them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mmalign.vbench.dimensions import DIMENSIONS, base
+
+__all__ = ["PARTS", "QUIRKS", "Quirk", "of_dimensions", "quirk"]
+
+PARTS = ("all", "suite", "files", "score", "static_filter", "long", "vbench2")
+"""What a quirk may belong to besides a dimension; ``all`` is every dimension."""
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """A deviation of the reference.
+
+    Attributes:
+        id: in lower case with underscores; results name it.
+        dimension: a dimension, or one of `PARTS`; several are joined by a comma and a space.
+        what: what the reference does.
+        effect: what that does to scores.
+        compat, strict: what our two modes do about it.
+    """
+
+    id: str
+    dimension: str
+    what: str
+    effect: str
+    compat: str
+    strict: str
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """What it belongs to, one by one."""
+        return tuple(self.dimension.split(", "))
+
+    @property
+    def repaired(self) -> bool:
+        """Whether the modes differ, so that it acts under compat alone."""
+        return self.strict != self.compat
+
+
+def _all() -> dict[str, Quirk]:
+    from mmalign.vbench import quirks_suites, quirks_text
+
+    rows = quirks_text.ROWS + quirks_suites.ROWS
+    found = {row[0]: Quirk(*row) for row in rows}
+    assert len(found) == len(rows), "two quirks have one id"
+    return found
+
+
+QUIRKS: dict[str, Quirk] = _all()
+"""Every known quirk by id, those of dimensions in the order of the leaderboard, then suite, files and score."""
+
+
+def quirk(id: str) -> Quirk:
+    """A quirk by its id.
+
+    Raises:
+        ValueError: no such quirk; with the nearest id.
+    """
+    if id not in QUIRKS:
+        near = difflib.get_close_matches(id, QUIRKS, n=1, cutoff=0)[0]
+        raise ValueError(f"no quirk {id!r}; the nearest is {near} (mmalign list vbench-quirks)")
+    return QUIRKS[id]
+
+
+def of_dimensions(names: Iterable[str], *, rules: str | None = None) -> list[Quirk]:
+    """The quirks of dimensions, by evaluators' labels, and those of all; in the order of `QUIRKS`.
+
+    Args:
+        rules: ``strict`` leaves out those that strict repairs; None and ``compat`` leave out none.
+
+    Raises:
+        ValueError: a label whose dimension does not exist.
+    """
+    wanted = {base(name) for name in names}
+    unknown = sorted(wanted - set(DIMENSIONS))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no dimension of VBench")
+    chosen = [each for each in QUIRKS.values() if "all" in each.dimensions or wanted & set(each.dimensions)]
+    return [each for each in chosen if not (rules == "strict" and each.repaired)]
