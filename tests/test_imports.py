@@ -50,7 +50,18 @@ LAYERS: list[set[str]] = [
         "score_store",
         "score_summary",
     }
-    | {"score_media", "score_params", "score_shares", "score_vbench", "score_worker", "report_media", "report_plots", "report_run", "report_sheet"},
+    | {
+        "score_media",
+        "score_params",
+        "score_shares",
+        "score_vbench",
+        "score_vbench_results",
+        "score_worker",
+        "report_media",
+        "report_plots",
+        "report_run",
+        "report_sheet",
+    },
     {"tasks"},
     {
         "models",

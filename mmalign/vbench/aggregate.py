@@ -2,8 +2,8 @@
 
 The rule of ``compat`` is the reference's on one GPU: subject and background consistency weigh a clip by its pairs of
 frames and appearance style by its frames (`mmalign.vbench.dimensions.Dimension.counted_by`), all others take the mean
-over clips; a clip with nothing to judge (a frame count of 0, as of a colour whose object is not found) is in no mean;
-imaging quality is divided by 100. ``strict`` takes the mean over clips everywhere.
+over clips; of color a clip whose object is found in no frame is in no mean; imaging quality is divided by 100.
+``strict`` takes the mean over clips everywhere.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = ["ClipScore", "Mean", "Policy", "dimension_mean", "static_only", "tota
 Policy = Literal["error", "skip", "zero"]
 Totals = Callable[[Mapping[str, float | None]], Mapping[str, Figure]]
 SAMPLES = 2000
+_NOTHING = {"color": "frames"}  # the count that is 0 where a clip is in no mean
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ class ClipScore:
     counts: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
     missing: bool = False
-
-    @property
-    def judged(self) -> bool:
-        """Whether there was something to judge; a clip without a score counts as one with."""
-        return self.value is None or not self.counts or any(count > 0 for count in self.counts.values())
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def dimension_mean(
     """
     dimension = DIMENSIONS[name]
     counted = dimension.counted_by if rules == "compat" else None
-    judged = [clip for clip in clips if clip.judged]
+    judged = [clip for clip in clips if clip.value is None or clip.counts.get(_NOTHING.get(name, "")) != 0]
     good = [clip for clip in judged if clip.value is not None]
     lacking = len(judged) - len(good)
     unjudged = len(clips) - len(judged)
@@ -149,9 +145,7 @@ def total_ends(means: Mapping[str, Mean], totals: Totals) -> dict[str, Figure]:
     """
     scores = {label: mean.score for label, mean in means.items()}
     found = totals(scores)
-    steps = {
-        label: totals(scores | {label: score + 1.0}) for label, score in scores.items() if score is not None
-    }
+    steps = {label: totals(scores | {label: score + 1.0}) for label, score in scores.items() if score is not None}
     result = {}
     for name, figure in found.items():
         if figure.value is None:

@@ -45,8 +45,11 @@ def causes(held: Clips, prompts: Sequence[SuitePrompt], samples: int, left: Sequ
     if not found and len(strangers) > max(2, used):
         example = next(_base(clip.stem) for clip in left if folded(_base(clip.stem)) in strangers)
         found.append(f"{len(strangers)} names are no prompt of this suite, such as {example!r}: is it another suite?")
-    if not found and used:
+    if not found:
         short = Counter(len(held.numbers(text)) for text in texts if 0 < len(held.numbers(text)) < samples)
+        none = [text for text in texts if not held.numbers(text)]
+        if none:
+            found.append(f"{len(none)} prompts have no clip at all, such as {none[0]!r}; has sampling ended early?")
         if short:
             most = short.most_common(1)[0][0]
             found.append(f"{sum(short.values())} prompts have fewer than {samples} clips, mostly {most}; see samples")
