@@ -48,7 +48,7 @@ def list_(
     as_json: AsJson = False,
     plugins: Annotated[bool, typer.Option(help="Look for evaluators in other installed packages too.")] = True,
 ) -> None:
-    """List what there is: evaluators, methods, guidance strategies, model families, formats, benchmarks, configs, VBench's quirks.
+    """List what there is: evaluators, methods, guidance, model families, formats, benchmarks, configs, VBench's quirks.
 
     [bold]Examples[/bold]
 

@@ -210,7 +210,7 @@ def find(name: str, suite: Suite = "t2v") -> Row:
     known = {model.lower(): row for model, row in rows.items()}
     if name.lower() in known:
         return known[name.lower()]
-    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.6)
     elsewhere = [other for other in ("t2v", "i2v", "trust") if other != suite and name in rows_of(other)]
     if elsewhere:
         hint = f"there is one on {', '.join(elsewhere)}, which is not what these scores are of"

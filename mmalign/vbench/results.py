@@ -20,9 +20,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mmalign.vbench.dimensions import I2V, QUALITY, SEMANTIC, TRUST
+from mmalign.vbench.dimensions import I2V, QUALITY, SEMANTIC, TRUST, base
 from mmalign.vbench.record import RECORD_FILE, VBenchRecord, read_record
 from mmalign.vbench.score import I2V_QUALITY, VBENCH2
 
@@ -198,12 +198,12 @@ def _layout(results: DimensionResults) -> list[Any]:
 # ------------------------------------------------------------------------------------------------ several
 
 
-def suite_of(names: Sequence[str] | Mapping[str, Any]) -> str:
+def suite_of(names: Sequence[str] | Mapping[str, Any]) -> Literal["t2v", "i2v", "trust", "vbench2"]:
     """Which suite labels of dimensions are of: ``i2v``, ``vbench2``, ``trust`` or ``t2v``.
 
     The quality dimensions are in two suites; one dimension of images (``i2v_subject``) decides for that one.
     """
-    bases = {name.partition("[")[0].partition("@")[0] for name in names}
+    bases = {base(name) for name in names}
     if bases & set(I2V):
         return "i2v"
     if bases and all(name.replace(" ", "_") in _VBENCH2 for name in bases):
