@@ -1,7 +1,7 @@
 """Batches shared out among processes, so that all of them end at about the same time.
 
 What an item will cost is estimated before anything is decoded: its frames x the pixels of one x (1 + its evaluators),
-since it is decoded once and looked at by each. Frames and pixels are what the file's header says; where it says nothing, a
+for it is decoded once and looked at by each. Frames and pixels are what the file's header says; where it says none, a
 clip counts as `PIXELS` per byte of its file and a picture as the mean of the others. An estimate that is wrong costs
 time and no more: each batch is scored as it would be anywhere.
 """

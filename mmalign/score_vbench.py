@@ -61,22 +61,25 @@ def rows_of(config: ScoreConfig) -> list[MediaRow]:
     """The rows to score, for any config; with a block `vbench` the coverage is logged."""
     if config.vbench is None:
         return read_media_table(config.source)
-    found = find(config, [spec.name for spec in config.evaluators])
+    found = find(config.source, config.vbench, [spec.name for spec in config.evaluators])
     for line in found.lines():
         _log.info("%s", line)
     return list(found.rows)
 
 
-def find(config: ScoreConfig, evaluators: Sequence[str]) -> Found:
+def find(place: Path, block: VBench, evaluators: Sequence[str], scoring: bool = True) -> Found:
     """The clips of a VBench run.
+
+    Args:
+        place: a folder, or a media table.
+        evaluators: that are asked for; dimensions will do.
+        scoring: whether input images are needed, which are only looked at where they are given otherwise.
 
     Raises:
         ValueError: a suite that is wrong or of another benchmark, dimensions that it has not, images that are not
             there, or a folder without one of the clips, saying why that may be.
     """
-    block = config.vbench
-    assert block is not None
-    place = config.source.expanduser()
+    place = place.expanduser()
     names = list(dict.fromkeys(base(name) for name in evaluators))
     if block.dimensions is not None:
         names = [name for name in names if name in block.dimensions or name == STATIC]
@@ -91,7 +94,7 @@ def find(config: ScoreConfig, evaluators: Sequence[str]) -> Found:
         assert block.suite is not None
         suite = read_suite(block.suite)
         prompts = _asked(suite, wanted)
-        images = _images(suite, prompts, block, wanted)
+        images = _images(suite, prompts, block, wanted if scoring else [])
     read = from_table if has_table(place) else from_folder
     filtered = STATIC in names and FLICKERING in wanted
     return read(place, prompts, samples=block.samples, filtered=filtered, images=images)
@@ -140,7 +143,8 @@ def _custom(place: Path, block: VBench) -> Found:
     clips = rows if listed else _clips(rows, place)
     if not clips:
         raise ValueError(f"{place} holds no clip; it holds {len(rows)} pictures, such as {rows[0].sample!r}")
-    others = {row.sample for row in rows} - {row.sample for row in clips}
+    taken = {str(row.media) for row in clips}
+    others = {row.sample for row in rows if taken.isdisjoint({str(row.media), os.path.dirname(str(row.media))})}
     prompts = _prompts(block, clips, place)
     named = [dataclasses.replace(row, prompt=prompts.get(row.sample, row.prompt)) for row in clips]
     grouped = [row if row.group else dataclasses.replace(row, group=row.prompt or _stem(row)) for row in named]

@@ -120,7 +120,7 @@ def dimension_mean(
     drawn = bootstrap_ratio(found, share, prompts, [seed, *_digest(prompts)], SAMPLES) / dimension.divisor
     ends = expanded_ends(drawn, size) if size > 1 else None
     score = mean_with(filled)
-    return Mean(score, ends, bounds or (score, score), drawn, size, unjudged)
+    return Mean(score, ends, bounds if lacking else (score, score), drawn, size, unjudged)
 
 
 def _zero(low: float | None, high: float | None) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mmalign.media_folder import table_in
 from mmalign.media_table import MediaRow, read_media_table
+from mmalign.source import shown
 from mmalign.vbench.dimensions import DIMENSIONS
 from mmalign.vbench.hints import causes
 from mmalign.vbench.names import FORMS, Clips, same
@@ -32,7 +33,14 @@ HOMES: dict[str, str] = {
     "imaging_quality": "overall_consistency",
 }
 """Whose folder holds a dimension's clips, where they lie in a folder for each prompt file; else its own."""
-_SHOWN = 3
+_SHOWN, _LETTERS = 3, 70
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few, long ones cut in the middle."""
+    half = _LETTERS // 2
+    short = [name if len(name) <= _LETTERS else f"{name[:half]}...{name[-half:]}" for name in names[:_SHOWN]]
+    return ", ".join(map(shown, short)) + (", ..." if len(names) > _SHOWN else "")
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,7 @@ class Coverage:
         text = f"{self.dimension}: {self.found} of {self.expected} clips"
         if not self.missing:
             return text
-        shown = ", ".join(self.missing[:_SHOWN]) + (", ..." if len(self.missing) > _SHOWN else "")
-        return f"{text}, {len(self.missing)} missing: {shown}"
+        return f"{text}, {len(self.missing)} missing: {_some(self.missing)}"
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,7 @@ class Found:
         """For a person: a line per dimension, what was left out, and why clips may be missing."""
         lines = [each.line() for each in self.coverage]
         if self.others:
-            shown = ", ".join(self.others[:_SHOWN]) + (", ..." if len(self.others) > _SHOWN else "")
-            lines.append(f"{len(self.others)} other files are left out: {shown}")
+            lines.append(f"{len(self.others)} other files are left out: {_some(self.others)}")
         return [*lines, *self.notes, *(f"likely cause: {each}" for each in self.causes)]
 
 
