@@ -19,6 +19,7 @@ import numpy as np
 
 from mmalign.frame_plans import Timeline, picked
 from mmalign.media import FramePlan, MediaError, Source, read_image
+from mmalign.stills import are_stills, read_stills
 from mmalign.video import read_frames
 
 __all__ = ["MAPPED", "Answer", "Request", "serve"]
@@ -38,6 +39,7 @@ class Request:
         seconds: after which nobody waits for the answer any more.
         max_pixels: of an image; larger ones are refused.
         max_bytes: of the frames that are picked of a clip, as uint8 RGB.
+        fps: of a clip that is a folder of pictures, which states none.
     """
 
     media: Source
@@ -47,6 +49,7 @@ class Request:
     seconds: float
     max_pixels: int
     max_bytes: int
+    fps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,11 @@ def _read(request: Request, arrays: list[list[np.ndarray]]) -> tuple[dict[FrameP
         arrays.append([read_image(media, max_pixels=request.max_pixels)])
         return dict.fromkeys(plans, 0), None, None
     union: Any = _Union(plans)
-    found = read_frames(media, union, decoder=request.decoder, max_bytes=request.max_bytes)
+    if are_stills(media):
+        limits = {"max_bytes": request.max_bytes, "max_pixels": request.max_pixels}
+        found = read_stills(media, union, fps=request.fps, **limits)
+    else:
+        found = read_frames(media, union, decoder=request.decoder, max_bytes=request.max_bytes)
     numbers: dict[FramePlan, int] = {}
     places: dict[tuple[int, ...], int] = {}
     for plan in plans:

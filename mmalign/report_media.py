@@ -9,13 +9,16 @@ import tempfile
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 from PIL import Image
 
-from mmalign.frame_plans import CommonFps, Timeline
+from mmalign.frame_plans import CommonFps, Timeline, Uniform
 from mmalign.results import Results
+
+if TYPE_CHECKING:
+    from mmalign.video import Frames
 
 PIXEL_ART = 128  # images up to this size are kept as they are and enlarged without blurring
 _CLIPS = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
@@ -86,8 +89,10 @@ class Thumbnails:
         table = Path(config["table"]) if isinstance(config, dict) and config.get("table") else None
         homes = [Path(), results.folder] + ([table if table.is_dir() else table.parent] if table else [])
         for home in homes:
-            if (home / media).is_file():
-                return home / media, media.suffix.lower() in _CLIPS
+            if (home / media).is_file() and media.suffix.lower() in _CLIPS:
+                return home / media, True
+            if (home / media).is_file() or (home / media).is_dir():
+                return home / media, row.get("modality") == "video"
         if table is not None and table.exists():
             item = self._rows(table).get(str(row["sample"]))
             if item is not None:
@@ -144,11 +149,26 @@ class _Played:
         return CommonFps(rate, CommonFps(rate, 1).longest(timeline)).on(timeline)
 
 
-def _judged_clip(source: Any, side: int) -> Thumbnail:
+@dataclass(frozen=True)
+class _AtMost:
+    """Frame plan: so many frames evenly, of a shorter clip all."""
+
+    n: int
+
+    def indices(self, num_frames: int, fps: float) -> list[int]:
+        return Uniform(min(self.n, num_frames)).indices(num_frames, fps)
+
+
+def _frames(source: Any, plan: Any) -> Frames:
+    from mmalign.stills import are_stills, read_stills
     from mmalign.video import read_frames
 
-    plan: Any = _Played()
-    found = read_frames(source, plan)
+    return read_stills(source, plan) if are_stills(source) else read_frames(source, plan)
+
+
+def _judged_clip(source: Any, side: int) -> Thumbnail:
+    plan = _Played()
+    found = _frames(source, plan)
     small = {index: _even(Image.fromarray(pixels), side) for index, pixels in found.picked.items()}
     frames, rate = [small[index] for index in found.indices], plan.rate(found.timeline)
     crisp = max(frames[0].size) <= PIXEL_ART
@@ -178,11 +198,9 @@ def _image(source: Any, limit: int) -> Thumbnail:
 
 def _clip(source: Any, limit: int, side: int = _CLIP_SIDE) -> Thumbnail:
     """A small H.264 clip that takes as long as the real one, and its first frame; it has no sound and no tags."""
-    from mmalign.media import Uniform, clip_facts, read_video
-
-    clip = read_video(source, Uniform(min(clip_facts(source).num_frames, _CLIP_FRAMES)))
-    frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clip.frames]
-    rate = min(60.0, max(0.1, clip.fps * len(frames) / clip.num_frames))
+    found = _frames(source, _AtMost(_CLIP_FRAMES))
+    frames = [Image.fromarray(found.picked[index]) for index in found.indices]
+    rate = min(60.0, max(0.1, found.fps * len(frames) / found.num_frames))
     crisp = max(frames[0].size) <= PIXEL_ART
     for share, crf in _CLIP_STEPS:
         small = [_even(frame, max(side if crisp else 64, round(share * side))) for frame in frames]

@@ -31,6 +31,7 @@ from mmalign.jobs import Scoring
 from mmalign.media import FramePlan, decoder_fingerprint
 from mmalign.score_plan import Item, Job, Plan, Todo
 from mmalign.source import Source, name_of
+from mmalign.tables import MediaRow
 
 __all__ = ["Decoded", "Decoder", "cores"]
 
@@ -192,23 +193,22 @@ class Decoder:
 
     def _decode(self, process: _Process, item: Item, jobs: Sequence[Job]) -> Decoded:
         """The media; and its reference apart from it, which may be the only one of the two that can be read."""
-        answer, clips = self._ask(process, item.row.media, item.row.modality, [job.cls.frames for job in jobs])
+        answer, clips = self._ask(process, item.row, item.row.media, [job.cls.frames for job in jobs])
         decoder = answer.decoder or self._fingerprint
         compared = [job.cls.frames for job in jobs if "reference" in job.cls.needs]
         if answer.problem is not None or not compared or item.row.reference is None:
             return Decoded(clips, {}, answer.fps, decoder, answer.problem, size=answer.size)
         if item.reference_problem is not None:
             return Decoded(clips, {}, answer.fps, decoder, None, item.reference_problem, answer.size)
-        other, reference = self._ask(process, item.row.reference, item.row.modality, compared)
+        other, reference = self._ask(process, item.row, item.row.reference, compared)
         return Decoded(clips, reference, answer.fps, decoder, None, other.problem, answer.size + other.size)
 
     def _ask(
-        self, process: _Process, media: Source, modality: str, plans: Sequence[FramePlan]
+        self, process: _Process, row: MediaRow, media: Source, plans: Sequence[FramePlan]
     ) -> tuple[Answer, dict[FramePlan, Tensor]]:
-        asked, limits = tuple(dict.fromkeys(plans)), self._settings
-        request = Request(
-            media, modality, asked, limits.decoder, limits.decode_seconds, limits.max_pixels, limits.max_bytes
-        )
+        asked, own = tuple(dict.fromkeys(plans)), self._settings
+        limits = (own.decode_seconds, own.max_pixels, own.max_bytes)
+        request = Request(media, row.modality, asked, own.decoder, *limits, row.fps)
         answer, arrays = process.ask(request, self._new)
         return answer, {plan: arrays[number] for plan, number in answer.clips.items()}
 

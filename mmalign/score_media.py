@@ -22,6 +22,7 @@ from mmalign.cache import Cache
 from mmalign.media import MediaError, content_hash
 from mmalign.progress import Progress
 from mmalign.records import MediaRef
+from mmalign.stills import folder_hash
 
 __all__ = ["media_hashes"]
 
@@ -112,6 +113,8 @@ class _Memory:
         if stamp is not None and remembered is not None and remembered[0] == stamp:
             return remembered[1], stamp
         try:
+            if isinstance(source, str) and os.path.isdir(source):
+                return folder_hash(source), None  # whose stamps do not show what changes in the frames
             digest = content_hash(source)
         except MediaError as error:
             return error, None

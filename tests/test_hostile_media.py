@@ -137,7 +137,7 @@ def strange(folder: Path) -> list[tuple[str, str, str | None]]:
     device = "is a pipe, socket or device, not a file"
     locked = None if os.access(folder / "locked.png", os.R_OK) else "check its permissions"
     return [
-        ("folder.png", "image", "is a folder; name one file in it"), ("pipe.png", "image", device),
+        ("folder.png", "image", "is a folder.*; name one file"), ("pipe.png", "image", device),
         ("pipe.mp4", "video", device), ("socket.png", "image", device), ("endless.png", "image", device),
         ("loop.png", "image", "a link that leads back to itself"), ("gone.png", "image", "no such file; check"),
         ("link.png", "image", None), ("absent.png", "image", "no such file"), ("locked.png", "image", locked),

@@ -90,6 +90,7 @@ LAYERS: list[set[str]] = [
         "media",
         "decoding",
         "source",
+        "stills",
         "video",
         "video_container",
         "video_writer",
