@@ -18,7 +18,7 @@ from mmalign.backbones.clip_scoring import (
     load_clip_backbone,
     resize_crop,
 )
-from mmalign.backbones.heads import FiveLinear, fold
+from mmalign.backbones.heads import load_head
 from mmalign.evaluation import (
     AllFrames,
     BackboneSpec,
@@ -26,8 +26,6 @@ from mmalign.evaluation import (
     Evaluator,
     Strict,
     find_checkpoint,
-    load_into,
-    read_state_dict,
 )
 
 V1_FILES = {"openai-clip-b32": "aesthetic-v1-b32", "openai-clip-b16": "aesthetic-v1-b16"}
@@ -116,34 +114,6 @@ def _files(params: Aesthetic.Params) -> tuple[Path, str, Path]:
     name = V1_FILES.get(known, "aesthetic-v1") if params.head == "v1" else f"aesthetic-{params.head}"
     head = find_checkpoint(params.checkpoint, name)
     return head, config, find_checkpoint(params.clip_checkpoint, known, "clip_checkpoint")
-
-
-def load_head(*, checkpoint: Path, head: str, device: torch.device, dtype: torch.dtype) -> nn.Sequential:
-    """The head as a map [N, D] -> [N, 1], always float32 (`dtype` is the towers').
-
-    Args:
-        head: v1, keys ``weight, bias``; v2 and v2-ava-logos, keys ``layers.{0,2,4,6,7}.{weight,bias}``, folded exactly
-            in float64; v2-ava-logos-relu, keys ``layers.{0,3,6,9,11}.{weight,bias}``.
-
-    Raises:
-        ValueError: the file cannot be read safely, or does not have these tensors.
-    """
-    state = read_state_dict(checkpoint)
-    if head == "v1":
-        linear = nn.Linear(_width(state, "weight"), 1)
-        load_into(linear, state, str(checkpoint))
-        layers = nn.Sequential(linear)
-    else:
-        relu = head.endswith("relu")
-        five = FiveLinear(_width(state, "layers.0.weight"), relu)
-        load_into(five, state, str(checkpoint))
-        layers = five.layers if relu else nn.Sequential(fold(five.layers))
-    return layers.float().eval().requires_grad_(False).to(device)
-
-
-def _width(state: dict[str, Tensor], name: str) -> int:
-    """Number of features that the head takes, so that heads on other CLIPs load; 768 if the file does not say."""
-    return int(state[name].shape[1]) if name in state and state[name].ndim == 2 else 768
 
 
 EVALUATOR = Aesthetic

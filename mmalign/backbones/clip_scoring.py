@@ -29,6 +29,7 @@ __all__ = [
     "OPENAI_CROP",
     "ClipBackbone",
     "Geometry",
+    "Resize",
     "clip_means",
     "frame_cosines",
     "frame_features",
@@ -36,6 +37,7 @@ __all__ = [
     "frame_texts",
     "image_cosines",
     "load_clip_backbone",
+    "pil_pass",
     "resize_crop",
     "resize_pad",
     "tower_pixels",
@@ -84,6 +86,8 @@ def resize_crop(
     centre: Literal["round", "floor"] = "round",
     levels: bool = False,
     antialias: bool = True,
+    short: int | None = None,
+    overshoot: bool = False,
 ) -> Tensor:
     """OpenAI CLIP's geometry: the shortest side to ``size``, bicubic with antialiasing, then the central square.
 
@@ -96,21 +100,24 @@ def resize_crop(
             thousand a level away from PIL's. The gradient is that of the image before rounding.
         antialias: False is torchvision's resize of a tensor without filter, as VBench runs it: one pass, whose
             overshoot beyond [0, 1] stays; then ``levels`` has no meaning.
+        short: the shortest side before the square is cut out, at least ``size``, which is what None means.
+        overshoot: as torchvision resizes a float tensor with a filter: in one pass, not clamped.
 
     Returns:
-        [B, 3, size, size]; each pass clamped to [0, 1] as in PIL, but for ``antialias=False``.
+        [B, 3, size, size]; each pass clamped to [0, 1] as in PIL, but for ``overshoot`` and ``antialias=False``.
     """
     height, width = images.shape[-2:]
-    long = int(size * max(height, width) / min(height, width))
-    new = (size, long) if height <= width else (long, size)
+    short = size if short is None else short
+    long = int(short * max(height, width) / min(height, width))
+    new = (short, long) if height <= width else (long, short)
     top, left = (_offset(side, size, centre) for side in new)
-    resized = min(height, width) != size
-    if resized and not antialias:
-        images = F.interpolate(images, size=new, mode="bicubic", align_corners=False, antialias=False)
+    resized = min(height, width) != short
+    if resized and (overshoot or not antialias):
+        images = F.interpolate(images, size=new, mode="bicubic", align_corners=False, antialias=antialias)
     elif resized:
         # PIL resizes the width first. Columns that the crop leaves out need no second pass.
-        images = _pass(images, (height, new[1]), levels)[..., left : left + size]
-        return _pass(images, (new[0], size), levels)[..., top : top + size, :]
+        images = pil_pass(images, (height, new[1]), levels)[..., left : left + size]
+        return pil_pass(images, (new[0], size), levels)[..., top : top + size, :]
     return images[..., top : top + size, left : left + size]
 
 
@@ -118,8 +125,8 @@ def _offset(side: int, size: int, centre: str) -> int:
     return round((side - size) / 2) if centre == "round" else (side - size) // 2
 
 
-def _pass(images: Tensor, size: tuple[int, int], levels: bool) -> Tensor:
-    """One of PIL's passes. It clamps in between too, which shows where sharp edges overshoot."""
+def pil_pass(images: Tensor, size: tuple[int, int], levels: bool) -> Tensor:
+    """One of PIL's bicubic passes. It clamps in between too, which shows where sharp edges overshoot."""
     images = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True).clamp(0.0, 1.0)
     # Half a level goes up, as in PIL's fixed-point arithmetic.
     return images + (images.mul(255).add(0.5).floor().div(255) - images).detach() if levels else images

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmalign.weights import load_into
+from mmalign.weights import load_into, read_state_dict
 
-__all__ = ["FiveLinear", "check_fits", "fold"]
+__all__ = ["FiveLinear", "check_fits", "fold", "load_head"]
 
 WIDTHS = (1024, 128, 64, 16, 1)
 
@@ -56,6 +56,34 @@ def fold(layers: nn.Sequential) -> nn.Linear:
         folded.weight.copy_(weight)
         folded.bias.copy_(bias)
     return folded
+
+
+def load_head(*, checkpoint: Path, head: str, device: torch.device, dtype: torch.dtype) -> nn.Sequential:
+    """LAION's aesthetic head as a map [N, D] -> [N, 1], always float32 (`dtype` is the towers').
+
+    Args:
+        head: v1, keys ``weight, bias``; v2 and v2-ava-logos, keys ``layers.{0,2,4,6,7}.{weight,bias}``, folded exactly
+            in float64; v2-ava-logos-relu, keys ``layers.{0,3,6,9,11}.{weight,bias}``.
+
+    Raises:
+        ValueError: the file cannot be read safely, or does not have these tensors.
+    """
+    state = read_state_dict(checkpoint)
+    if head == "v1":
+        linear = nn.Linear(_width(state, "weight"), 1)
+        load_into(linear, state, str(checkpoint))
+        layers = nn.Sequential(linear)
+    else:
+        relu = head.endswith("relu")
+        five = FiveLinear(_width(state, "layers.0.weight"), relu)
+        load_into(five, state, str(checkpoint))
+        layers = five.layers if relu else nn.Sequential(fold(five.layers))
+    return layers.float().eval().requires_grad_(False).to(device)
+
+
+def _width(state: dict[str, Tensor], name: str) -> int:
+    """Number of features that the head takes, so that heads on other CLIPs load; 768 if the file does not say."""
+    return int(state[name].shape[1]) if name in state and state[name].ndim == 2 else 768
 
 
 def check_fits(state: Mapping[str, Tensor], file: Path, kind: str, width: str) -> None:
