@@ -8,9 +8,12 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mmalign.vbench.clips import find_images, from_folder, from_table
+from mmalign.vbench.crops import crop_box, crop_images
 from mmalign.vbench.names import FORMS, Clips, spellings
 from mmalign.vbench.suite import SuitePrompt, read_prompts, read_suite
 
@@ -332,6 +335,7 @@ def test_a_table_names_prompts(tmp_path: Path) -> None:
         {"media": "3.mp4", "prompt": "something else"},
         {"media": "4.mp4", "prompt": "a cat"},
     ]
+    touch(tmp_path, "1.mp4", "2.mp4", "3.mp4", "4.mp4")
     table = tmp_path / "table.jsonl"
     table.write_text("\n".join(map(json.dumps, lines)))
     asked = [SuitePrompt("a cat", ("dynamic_degree", "color"), {"color": "red"}), *prompts("a dog")]
@@ -340,7 +344,9 @@ def test_a_table_names_prompts(tmp_path: Path) -> None:
         ("1.mp4", ("dynamic_degree", "color")), ("2.mp4", ("dynamic_degree",))
     ]  # fmt: skip
     assert found.rows[0].seed == 3 and found.rows[1].aux == {"color": "red", "extra": "x"}
-    assert found.missing == {"a dog (clip 1 of 2)", "a dog (clip 2 of 2)"} and found.others == ("3.mp4",)
+    assert found.missing == {"a dog (clip 1 of 2)", "a dog (clip 2 of 2)"} and found.others == ("4.mp4", "3.mp4")
+    (tmp_path / "2.mp4").unlink()
+    assert "2.mp4" in from_table(table, asked, samples=2).missing
     with pytest.raises(ValueError, match="no row has a prompt of the suite, such as 'a horse'"):
         from_table(table, prompts("a horse"))
 
@@ -368,3 +374,69 @@ def test_clips_are_listed_whatever_lies_there(tmp_path: Path) -> None:
     held = Clips(tmp_path, ["a"])
     assert [clip.name for clip in held.files] == ["a-0.mp4"] and held.others == ["Thumbs.db"]
     assert held.numbers("a") == [0] and held.find("a", 1) is None
+
+
+# ------------------------------------------------------------------------------------------------ crops
+
+# Two entries of i2v-bench-info.json that the authors' README prints (vbench2_beta_i2v/README.md, section 2.3).
+PRINTED = [
+    {"file_name": "a beach.jpg",
+     "first_crop": {"width": 4882, "height": 6102, "first_bbox": [0, 530, 4882, 4882]},
+     "second_crop": {"width": 4882, "height": 4882, "second_bbox": [0, 1094, 4880, 2745]},
+     "diff_ratio_crop": {"8-5": [0, 1345, 4880, 3050], "7-4": [0, 1584, 4879, 2788]}},
+    {"file_name": "a squirrel.jpg",
+     "first_crop": {"width": 3381, "height": 2254, "first_bbox": [0, 252, 3376, 1899]},
+     "second_crop": {"width": 3376, "height": 1899, "second_bbox": [720, 0, 1899, 1899]},
+     "diff_ratio_crop": {"8-5": [26, 252, 3032, 1895], "7-4": [3, 252, 3318, 1896]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", PRINTED, ids=lambda entry: entry["file_name"])
+@pytest.mark.parametrize("ratio", ["8-5", "7-4"])
+def test_boxes_are_those_that_the_authors_print(entry: dict[str, Any], ratio: str) -> None:
+    assert list(crop_box(entry, ratio)) == entry["diff_ratio_crop"][ratio]
+
+
+def test_a_box_holds_the_inner_one_and_lies_in_the_outer_one() -> None:
+    for entry in PRINTED:
+        left, top, outer_width, outer_height = entry["first_crop"]["first_bbox"]
+        x, y, width, height = entry["second_crop"]["second_bbox"]
+        for ratio in ("1-1", "6-5", "5-4", "4:3", "3-2", "17-10"):
+            wide, high = map(int, ratio.replace(":", "-").split("-"))
+            box = crop_box(entry, ratio)
+            assert box[2] * high == box[3] * wide, "exactly this ratio"
+            assert left <= box[0] and top <= box[1]
+            assert box[0] + box[2] <= left + outer_width and box[1] + box[3] <= top + outer_height
+            if ratio == "1-1":
+                continue
+            slack = max(wide, high)  # the inner box was rounded to its own ratio
+            assert box[0] <= left + x + slack and box[0] + box[2] >= left + x + width - slack
+            assert box[1] <= top + y + slack and box[1] + box[3] >= top + y + height - slack
+
+
+def test_images_are_cut_where_the_boxes_lie(tmp_path: Path) -> None:
+    pixels = np.arange(60 * 40 * 3, dtype=np.uint8).reshape(60, 40, 3)
+    (tmp_path / "origin").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "origin" / "a.png")
+    entry = {"file_name": "a.png", "first_crop": {"first_bbox": [0, 10, 40, 40]},
+             "second_crop": {"width": 40, "height": 40, "second_bbox": [0, 9, 40, 22]}}  # fmt: skip
+    (tmp_path / "info.json").write_text(json.dumps([entry]))
+    x, y, width, height = crop_box(entry, "5-4")
+    folder = crop_images(tmp_path / "info.json", tmp_path / "origin", tmp_path / "crop", "5:4")
+    assert folder == tmp_path / "crop" / "5-4" and (width, height) == (40, 32)
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "a.png")), pixels[y : y + 32, x : x + 40])
+    assert find_images(tmp_path / "crop", ["a.png"], "5-4")
+
+
+def test_mistakes_with_crops(tmp_path: Path) -> None:
+    for ratio, said in (("2-1", "does not lie between"), ("4-5", "does not lie between"), ("wide", "not of the form")):
+        with pytest.raises(ValueError, match=said):
+            crop_box(PRINTED[0], ratio)
+    with pytest.raises(ValueError, match="boxes are as in"):
+        crop_box({"file_name": "x"}, "5-4")
+    (tmp_path / "info.json").write_text(json.dumps(PRINTED))
+    with pytest.raises(ValueError, match=r"lacks 2 of 2 originals, such as 'a beach\.jpg'"):
+        crop_images(tmp_path / "info.json", tmp_path, tmp_path / "crop", "5-4")
+    (tmp_path / "info.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"is no i2v-bench-info\.json"):
+        crop_images(tmp_path / "info.json", tmp_path, tmp_path / "crop", "5-4")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mmalign.commands.vbench_check import check
+from mmalign.commands.vbench_check import check, crop
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode="rich",
         help="VBench beside `mmalign score`: are the clips there, totals of results files, agreement with people.",
     )
-    for verb in (check, total, agreement):
+    for verb in (check, crop, total, agreement):
         group.command()(verb)
     app.add_typer(group, name="vbench", rich_help_panel="Results")
 

@@ -1,4 +1,4 @@
-"""`mmalign vbench check`: are the clips of a suite there, before anything is scored?"""
+"""Before a VBench run: are the clips of a suite there, and the input images at the ratio of the clips?"""
 
 from __future__ import annotations
 
@@ -73,3 +73,20 @@ def check(
         typer.echo("\n".join([*found.lines(), f"{media}: {there} of {len(found.rows)} clips are there"]))
     if found.missing:
         raise typer.Exit(1)
+
+
+def crop(
+    info: Annotated[Path, typer.Argument(metavar="INFO", help="i2v-bench-info.json of the image suite.")],
+    originals: Annotated[Path, typer.Argument(metavar="ORIGINALS", help="Folder of the original images, origin/.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the crops, for vbench.images.")],
+    ratio: Annotated[str, typer.Option(help="Width to height, from 1-1 up to 16-9, such as 5-4.")],
+) -> None:
+    """Cut the image-to-video suite's images to a ratio that its authors do not offer, exactly as they do.
+
+    [bold]Examples[/bold]
+
+        mmalign vbench crop i2v-bench-info.json origin crop --ratio 5-4
+    """
+    from mmalign.vbench.crops import crop_images
+
+    typer.echo(f"images: {crop_images(info, originals, output, ratio)}")

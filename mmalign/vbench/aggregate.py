@@ -153,21 +153,28 @@ def total_ends(means: Mapping[str, Mean], totals: Totals) -> dict[str, Figure]:
             continue
         slopes = {label: (step[name].value or 0.0) - figure.value for label, step in steps.items()}
         used = {label: means[label] for label, slope in slopes.items() if abs(slope) > 1e-12}
-        result[name] = replace(figure, **_ends(figure.value, used, slopes))
+        ci95 = _interval(figure.value, used, slopes)
+        result[name] = replace(figure, ci95=ci95, bounds=_bounds(figure.value, used, slopes))
     return result
 
 
-def _ends(value: float, used: Mapping[str, Mean], slopes: Mapping[str, float]) -> dict[str, tuple[float, float] | None]:
-    spread: dict[str, tuple[float, float] | None] = {"ci95": None, "bounds": None}
-    if used and all(mean.ci95 is not None and mean.replicates is not None for mean in used.values()):
-        parts = [slopes[label] * (mean.replicates - (mean.score or 0.0)) for label, mean in used.items()]  # type: ignore[operator]
-        drawn = value + np.sum(parts, axis=0)
-        spread["ci95"] = expanded_ends(drawn, min(mean.clusters for mean in used.values()))
-    if all(mean.bounds is not None for mean in used.values()):
-        low = sum(slopes[label] * (mean.bounds[0] - (mean.score or 0.0)) for label, mean in used.items())  # type: ignore[index]
-        high = sum(slopes[label] * (mean.bounds[1] - (mean.score or 0.0)) for label, mean in used.items())  # type: ignore[index]
-        spread["bounds"] = (value + low, value + high)
-    return spread
+def _interval(value: float, used: Mapping[str, Mean], slopes: Mapping[str, float]) -> tuple[float, float] | None:
+    drawn = np.full(SAMPLES, value)
+    for label, mean in used.items():
+        if mean.ci95 is None or mean.replicates is None or mean.score is None:
+            return None
+        drawn += slopes[label] * (mean.replicates - mean.score)
+    return expanded_ends(drawn, min(mean.clusters for mean in used.values())) if used else None
+
+
+def _bounds(value: float, used: Mapping[str, Mean], slopes: Mapping[str, float]) -> tuple[float, float] | None:
+    low = high = value
+    for label, mean in used.items():
+        if mean.bounds is None or mean.score is None:
+            return None
+        low += slopes[label] * (mean.bounds[0] - mean.score)
+        high += slopes[label] * (mean.bounds[1] - mean.score)
+    return low, high
 
 
 def static_only(clips: Sequence[ClipScore], static: Mapping[str, float | None], samples: int) -> list[ClipScore]:

@@ -183,17 +183,29 @@ def from_table(
         given.setdefault(same(row.prompt), []).append(row)
     rows: list[MediaRow] = []
     missing: set[str] = set()
+    further: list[str] = []
     for each in prompts:
         mine = given.pop(same(each.prompt), [])
-        most = None if filtered and FLICKERING in each.dimensions else samples
-        for row in mine[:most]:
-            wanted = each.dimensions if row.dimensions is None else set(each.dimensions) & set(row.dimensions)
+        static = filtered and FLICKERING in each.dimensions
+        further += [] if static else [row.sample for row in mine[samples:]]
+        for number, row in enumerate(mine if static else mine[:samples]):
+            wanted = set(each.dimensions if number < samples else (FLICKERING,)) & set(
+                row.dimensions or each.dimensions
+            )
             only = dataclasses.replace(each, dimensions=tuple(name for name in each.dimensions if name in wanted))
             whole = _row(only, row.sample, row.media, images or {}, filtered)
-            own = {"aux": {**whole.aux, **row.aux}, "reference": row.reference or whole.reference}
-            kept = {name: getattr(row, name) for name in ("seed", "model", "fps", "num_frames")}
-            if only.dimensions:
-                rows.append(dataclasses.replace(whole, **own, **kept))
+            own = dataclasses.replace(
+                row,
+                modality="video",
+                group=whole.group,
+                prompt=whole.prompt,
+                dimensions=whole.dimensions,
+                reference=row.reference or whole.reference,
+                aux={**whole.aux, **row.aux},
+            )
+            rows += [own] if only.dimensions else []
+            if only.dimensions and isinstance(row.media, str) and not os.path.lexists(row.media):
+                missing.add(row.sample)
         for number in range(len(mine), samples):
             path = os.path.abspath(table.parent / f"{each.prompt.replace('/', '_')}-{number}.mp4")
             rows.append(_row(each, f"{each.prompt} (clip {number + 1} of {samples})", path, images or {}, filtered))
@@ -203,9 +215,9 @@ def from_table(
         raise ValueError(
             f"{table}: no row has a prompt of the suite, such as {prompts[0].prompt!r}; its first prompt is {example!r}"
         )
-    others = tuple(row.sample for left in given.values() for row in left)
-    why = ("rows of the table with the suite's prompts are fewer than samples asks for",) if missing else ()
-    return Found(tuple(rows), _coverage(rows, missing), frozenset(missing), why, others)
+    others = (*further, *(row.sample for left in given.values() for row in left))
+    why = (f"the table has fewer than {samples} rows for some prompts, or names files that are not there",)
+    return Found(tuple(rows), _coverage(rows, missing), frozenset(missing), why if missing else (), others)
 
 
 def has_table(folder: Path) -> bool:
@@ -229,7 +241,7 @@ def find_images(folder: Path, names: Collection[str], ratio: str | None) -> dict
     if wanted is not None and wanted not in ratios and folder.name != wanted:
         raise ValueError(
             f"vbench.ratio: {folder} has no images of {wanted}; there are {', '.join(ratios) or 'none'}. The authors' "
-            "are 1-1, 8-5, 7-4 and 16-9; others are cut from the originals by their crop_to_diff_ratio.py"
+            "are 1-1, 8-5, 7-4 and 16-9; others are cut with `mmalign vbench crop`"
         )
     if wanted is None and len(ratios) > 1:
         raise ValueError(f"vbench.ratio: {folder} has images of {', '.join(ratios)}; say which the clips began with")

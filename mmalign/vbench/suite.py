@@ -171,7 +171,7 @@ def _row(row: Any, number: int, problems: list[str]) -> SuitePrompt | None:
     for key, value, kind in (("prompt_en", prompt, str), ("dimension", names, list)):
         if key not in row:
             problems.append(f"row {number}: {key} is missing.{nearest(key, list(map(str, row)))}")
-        elif not isinstance(value, kind) or not value or (kind is str and not value.strip()):
+        elif not isinstance(value, kind) or not value or (isinstance(value, str) and not value.strip()):
             wanted = "a text" if kind is str else "a list of names"
             problems.append(f"row {number}: {key} is {value!r:.60}, not {wanted}")
     for name in names if isinstance(names, list) else ():
