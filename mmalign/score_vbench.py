@@ -64,7 +64,8 @@ def rows_of(config: ScoreConfig) -> list[MediaRow]:
     found = find(config.source, config.vbench, [spec.name for spec in config.evaluators])
     for line in found.lines():
         _log.info("%s", line)
-    return list(found.rows)
+    model = config.vbench.model
+    return [row if row.model else dataclasses.replace(row, model=model) for row in found.rows]
 
 
 def find(place: Path, block: VBench, evaluators: Sequence[str], scoring: bool = True) -> Found:

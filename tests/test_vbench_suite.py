@@ -273,6 +273,13 @@ def test_a_folder_for_each_prompt_file(tmp_path: Path) -> None:
     assert found.missing == {"overall_consistency/the bund-0"} and "no folder overall_consistency" in found.causes[0]
 
 
+def test_a_folder_that_is_only_called_so_does_not_hide_the_clips(tmp_path: Path) -> None:
+    touch(tmp_path, "the bund-0.mp4")
+    touch(tmp_path / "scene", "old-0.mp4")
+    found = from_folder(tmp_path, [SuitePrompt("the bund", ("scene",), {"scene": "bund"})], samples=1)
+    assert taken(found) == {"the bund-0": "the bund-0.mp4"} and found.others == ("scene/",)
+
+
 def test_the_static_filter_sees_all_clips(tmp_path: Path) -> None:
     touch(tmp_path, *(f"a cat-{number}.mp4" for number in range(12)))
     asked = [SuitePrompt("a cat", ("temporal_flickering", "motion_smoothness"), {})]

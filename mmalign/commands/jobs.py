@@ -211,7 +211,7 @@ def score(
         typer.echo("error: nothing could be scored; the reasons stand above", err=True)
         raise typer.Exit(1)
     if lacking:
-        typer.echo(f"error: no score of {', '.join(lacking)}, since clips lack one; all else is written", err=True)
+        typer.echo(f"error: no score of {', '.join(lacking)}; why stands above, and all else is written", err=True)
         raise typer.Exit(1)
 
 

@@ -123,6 +123,9 @@ def from_folder(
         raise ValueError(f"{folder} is no folder; media names the folder of the clips, or a media table")
     homes = {HOMES.get(name, name) for each in prompts for name in each.dimensions}
     parted = sorted(home for home in homes if (folder / home).is_dir())
+    if parted:
+        flat = Clips(folder, [each.prompt for each in prompts])
+        parted = [] if any(flat.numbers(each.prompt) for each in prompts) else parted
     rows: list[MediaRow] = []
     missing: set[str] = set()
     notes: list[str] = []

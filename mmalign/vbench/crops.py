@@ -29,8 +29,8 @@ def crop_box(entry: Mapping[str, Any], ratio: str) -> Box:
     """Where an original is cut, for a ratio from 1-1 up to 16-9.
 
     Args:
-        entry: of ``i2v-bench-info.json``: ``first_crop`` with first_bbox in the original; ``second_crop`` with width and
-            height of the first crop, and second_bbox within it.
+        entry: of ``i2v-bench-info.json``: ``first_crop`` with first_bbox in the original; ``second_crop`` with width
+            and height of the first crop, and second_bbox within it.
         ratio: width to height, such as ``5-4``.
 
     Raises:
