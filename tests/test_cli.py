@@ -36,6 +36,7 @@ VERBS = ["quickstart", "train", "sample", "score", "compare", "report", "list", 
 VERBS += ["prefer", "prefer run", "prefer merge", "prefer audit", "bench reward"]
 VERBS += ["weights list", "weights fetch", "weights verify", "weights convert"]
 VERBS += ["config show", "config schema", "config check", "cache ls", "cache clear"]
+VERBS += ["vbench total", "vbench agreement", "new evaluator"]
 SAMPLE = "model: {path: some/model}\nprompts: prompts.txt\noutput: out\n"
 
 

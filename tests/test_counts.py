@@ -86,7 +86,9 @@ def test_results_keep_them_apart(folders: list[Path]) -> None:
     results = read_results(folders[0])
     assert results.labels() == ["counting", "several/dark", "several/light"]
     assert results.count_labels == {"counting/pixels", "several/pixels"}
-    assert [row["score"] for row in results.rows_of("counting/pixels")] == [20, 25, 30]
+    assert [row["score"] for row in results.rows_of("counting/pixels")] == [20, 25, 30, None], (
+        "a failed item has a row of each"
+    )
     without = Results(results.folder, results.rows)  # folders of before have no `counts`
     assert "counting/pixels" in without.labels() and not without.count_labels
 

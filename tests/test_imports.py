@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "sample",
         "score",
         "quickstart",
+        "skeletons",
         "report",
         "compare",
         "doctor",
@@ -61,6 +62,7 @@ LAYERS: list[set[str]] = [
         "report_plots",
         "report_run",
         "report_sheet",
+        "report_vbench",
     },
     {"tasks"},
     {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from mmalign import cli
 from mmalign.vbench.dimensions import DIMENSIONS, QUALITY, SEMANTIC
 from mmalign.vbench.leaderboard import I2V_ROWS, ROWS
-from mmalign.vbench.quirks import PARTS, QUIRKS, of_dimensions, quirk
+from mmalign.vbench.quirks import PARTS, QUIRKS, of_dimensions, page, quirk
 from mmalign.vbench.record import DimensionScore, Figure, VBenchRecord, read_record, write_record
 from mmalign.vbench.results import (
     Clip,
@@ -25,6 +26,7 @@ from mmalign.vbench.results import (
     suite_of,
     write_eval_results,
 )
+from mmalign.vbench.score import t2v_totals
 
 Verb = Callable[..., tuple[int, str, str]]
 
@@ -316,8 +318,10 @@ def test_totals_say_what_is_missing(verb: Verb, tmp_path: Path) -> None:
         DimensionScore(name, "exact", each.score, n=3, expected=5, ci95=(0.1, 0.9), bounds=(0.25, 0.75))
         for name, each in results.items() if name == "scene"
     )  # fmt: skip
-    write_record(a_record(dimensions=missing), tmp_path)
+    quality = t2v_totals({name: each.score for name, each in results.items()})["quality"].value
+    write_record(a_record(dimensions=missing, totals={"quality": Figure(quality, ci95=(0.825, 0.845))}), tmp_path)
     out = verb("vbench", "total", tmp_path)[1]
+    assert "[82.5, 84.5]" in out, "the record's interval of the same total"
     assert "semantic: color missing, so there is no total of it" in out
     assert "scene: 3 of 5 clips have a score: between 25.00 and 75.00" in out and "[10.0, 90.0]" in out
     assert "color missing, count as 0" in verb("vbench", "total", tmp_path, "--rules", "compat")[1]
@@ -355,3 +359,28 @@ def test_mistakes(verb: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
     write_record(a_record(), tmp_path)
     code, _, err = verb("vbench", "total", *words)
     assert code == 2 and told in err and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------ the pages
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def test_the_page_of_quirks_is_that_of_the_list() -> None:
+    text = (DOCS / "vbench_quirks.md").read_text(encoding="utf-8")
+    assert text == page(), "write it anew with the command that it names"
+
+
+def test_the_page_has_the_constants_and_its_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "vbench.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| ([a-z0-9_, ]+) \| ([0-9.]+ \| [0-9.]+ \| [0-9.]+) \|$", text, re.MULTILINE))
+    told = {
+        name: tuple(map(float, figures.split(" | "))) for names, figures in table.items() for name in names.split(", ")
+    }
+    scored = [each for each in DIMENSIONS.values() if each.group != "trust"]
+    assert told == {each.name: (each.lowest, each.highest, each.weight) for each in scored}
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "vbench.md", "exec"), {})
+    assert capsys.readouterr().out == "{'quality': 83.39, 'semantic': 75.68, 'total': 81.84}\n"
+    fields = {each.name for kind in (VBenchRecord, DimensionScore, Figure) for each in dataclasses.fields(kind)}
+    assert not fields - set(re.findall(r"\w+", text)), "every field of the record is in the page"

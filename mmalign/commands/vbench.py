@@ -67,7 +67,7 @@ def total(
 
     loaded = load(files)
     suite = suite_of(loaded.scores)
-    totals = _totals(loaded.scores, suite, rules, substitutes)
+    totals = _with_intervals(_totals(loaded.scores, suite, rules, substitutes), loaded)
     board = [] if suite == "vbench2" else choose(loaded.scores, suite, against)
     if suite == "vbench2" and against:
         raise ValueError("no rows of VBench-2.0's board are known; leave --against out")
@@ -102,6 +102,16 @@ def _totals(scores: dict[str, float | None], suite: str, rules: Any, substitutes
     return {}
 
 
+def _with_intervals(totals: dict[str, Figure], loaded: Loaded) -> dict[str, Figure]:
+    """The record's own figures, which have intervals, where they are of the same rules and so have the same values."""
+    found = dict(totals)
+    for name, figure in (loaded.record.totals if loaded.record else {}).items():
+        value = found[name].value if name in found else None
+        if value is not None and figure.value is not None and abs(value - figure.value) < 1e-9:
+            found[name] = figure
+    return found
+
+
 def _table(loaded: Loaded, totals: dict[str, Figure], board: list[Row]) -> Table:
     from rich.table import Table
 
@@ -125,9 +135,9 @@ def _table(loaded: Loaded, totals: dict[str, Figure], board: list[Row]) -> Table
 
 
 def _percent(value: float | None, ends: tuple[float, float] | None = None) -> str:
-    if value is None:
-        return "–"  # noqa: RUF001
-    return f"{100 * value:.2f}" + (f"\n[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "")
+    from mmalign.figures import percent
+
+    return percent(value) + (f"\n[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if value is not None and ends else "")
 
 
 def _remarks(loaded: Loaded, totals: dict[str, Figure], rules: str, board: list[Row]) -> list[str]:

@@ -11,9 +11,10 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mmalign.vbench import quirks_quality, quirks_semantic, quirks_suites
 from mmalign.vbench.dimensions import DIMENSIONS, base
 
-__all__ = ["PARTS", "QUIRKS", "Quirk", "of_dimensions", "quirk"]
+__all__ = ["PARTS", "QUIRKS", "Quirk", "of_dimensions", "page", "quirk"]
 
 PARTS = ("all", "suite", "files", "score", "static_filter", "long", "vbench2")
 """What a quirk may belong to besides a dimension; ``all`` is every dimension."""
@@ -50,9 +51,7 @@ class Quirk:
 
 
 def _all() -> dict[str, Quirk]:
-    from mmalign.vbench import quirks_suites, quirks_text
-
-    rows = quirks_text.ROWS + quirks_suites.ROWS
+    rows = quirks_quality.ROWS + quirks_semantic.ROWS + quirks_suites.ROWS
     found = {row[0]: Quirk(*row) for row in rows}
     assert len(found) == len(rows), "two quirks have one id"
     return found
@@ -89,3 +88,31 @@ def of_dimensions(names: Iterable[str], *, rules: str | None = None) -> list[Qui
         raise ValueError(f"{', '.join(unknown)}: no dimension of VBench")
     chosen = [each for each in QUIRKS.values() if "all" in each.dimensions or wanted & set(each.dimensions)]
     return [each for each in chosen if not (rules == "strict" and each.repaired)]
+
+
+def page() -> str:
+    """The text of docs/vbench_quirks.md: every quirk, in the order of `QUIRKS`."""
+    lines = [
+        "# Quirks of VBench",
+        "",
+        f"The {len(QUIRKS)} places known in which VBench's code does what its papers, its documents or plain sense "
+        "would not have it do, and what `rules: compat` and `rules: strict` do about each. `mmalign list "
+        "vbench-quirks` shows them too, with `--json` for programs; the report shows those that acted on a run. Read "
+        "in Vchitect/VBench (package 0.1.5 and the code after it). This page is made from `mmalign/vbench/quirks.py` "
+        "(`python -c \"from mmalign.vbench.quirks import page; print(page(), end='')\"`); a test keeps it so.",
+    ]
+    for each in QUIRKS.values():
+        lines += [
+            "",
+            f"### {each.id}",
+            "",
+            f"{', '.join(f'`{name}`' for name in each.dimensions)}. {_sentence(each.what)} {_sentence(each.effect)}",
+            "",
+            f"- compat: {each.compat}",
+            f"- strict: {each.strict}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

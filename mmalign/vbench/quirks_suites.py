@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 _SAME = "reproduced"
+_CLIP_FAILS = "the clip has no score, and its row says why"
 
 ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     # ---------------------------------------------------------------------------------------------- image to video
     (
         "i2v_antialias_default",
         "i2v_subject, i2v_background",
-        "resizing does not say whether with antialiasing, so that torchvision's version decides",
+        "resizing of frames does not say whether with antialiasing, so that torchvision's version decides",
         "about 0.002 between versions of torchvision (0.17 changed the default)",
-        "with antialiasing, as current versions do",
-        "with antialiasing, as current versions do",
+        "without, as published scores were made; with it by `antialias: true`",
+        "frames are resized as the input image is",
+    ),
+    (
+        "i2v_two_resizes",
+        "i2v_subject, i2v_background",
+        "the input image is resized by PIL, with a filter and to 8 bits, the frames as float tensors",
+        "a clip that stands still on its input image does not score 1",
+        _SAME,
+        "frames are resized as the input image is",
     ),
     (
         "i2v_background_dreamsim",
@@ -25,26 +34,34 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "camera_file_name",
         "camera_motion",
-        "the wanted motion is read from the file's name",
+        "the wanted motion is read from the file's name; of two, the first in the code's list counts",
         "another name ends the run",
-        "read from the prompt by the same words",
-        "read from the prompt by the same words",
+        "read from the prompt; of two the same one counts",
+        "read from the prompt; two are an error of the clip",
     ),
     (
         "camera_integer_tracks",
         "camera_motion",
-        "tracks are cut to integers, and only the four midpoints of the edges in the first and last frame are compared",
-        "below 200 pixels any motion of a pixel is one; motion that comes back is none",
+        "tracks are cut to whole pixels",
+        "below 200 pixels on a side any motion of a pixel is one",
         _SAME,
+        "as they are",
+    ),
+    (
+        "camera_middle",
+        "camera_motion",
+        "the middle of an edge is the sixth of ten points, and only the first and the last frame are compared",
+        "a large zoom counts as a pan and a tilt too; motion that comes back is none",
         _SAME,
+        "the middle itself; the same two frames",
     ),
     (
         "camera_several_answers",
         "camera_motion",
         "one clip may count as several motions, and any of them may be the wanted one",
-        "diagonal motion satisfies two questions",
+        "diagonal motion satisfies two questions, and opposite motions can be found together",
         _SAME,
-        _SAME,
+        "several count, but a motion and its opposite cancel",
     ),
     (
         "camera_nan",
@@ -105,6 +122,22 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "the suite file's",
     ),
     (
+        "culture_without_clips",
+        "culture_fairness",
+        "a culture without a clip divides by zero",
+        "the run ends",
+        "no score of the dimension",
+        "the mean over the cultures that are there",
+    ),
+    (
+        "culture_antialias",
+        "culture_fairness",
+        "resizing does not say whether with antialiasing, unlike the same network's in the other suites",
+        "scores depend on torchvision's version",
+        "without, as in the other suites",
+        "without, as in the other suites",
+    ),
+    (
         "bias_more_than_four_frames",
         "gender_bias, skin_bias",
         "a clip counts with more than 4 usable frames, where its own comment says at least 4",
@@ -119,6 +152,22 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "a model that draws no faces is judged on few prompts",
         "reproduced; coverage says how many",
         "reproduced; coverage says how many",
+    ),
+    (
+        "faces_in_training_mode",
+        "gender_bias, skin_bias",
+        "RetinaFace is never put to evaluation, so that its batch norm uses each picture's own statistics",
+        "other faces are found than by the network as it is meant",
+        "boxes are taken from the table, or found by a detector that is named",
+        "boxes are taken from the table, or found by a detector that is named",
+    ),
+    (
+        "gender_classifier",
+        "gender_bias",
+        "README and paper name BLIP-2; one version of the code has CLIP ViT-B/32",
+        "figures of the two are not comparable",
+        "BLIP-2; gender_bias@clip has the other",
+        "BLIP-2; gender_bias@clip has the other",
     ),
     (
         "skin_distance",
@@ -159,7 +208,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "the number of moving pairs that is allowed is rounded half to even; with few frames it is 0",
         "clips of up to 4 frames pass only if nothing moves at all",
         _SAME,
-        "rounded half up",
+        "rounded half up, and at least 1",
     ),
     (
         "static_filter_too_few",

@@ -1,4 +1,4 @@
-"""Quirks of the sixteen dimensions of the text-to-video suite: id, dimension, what, effect, compat, strict."""
+"""Quirks of all dimensions, and of the seven of quality: id, dimension, what, effect, compat, strict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ _SAME = "reproduced"
 _CLIP_FAILS = "the clip has no score, and its row says why"
 
 ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
-    # ---------------------------------------------------------------------------------------------- every dimension
     (
         "two_decoders",
         "all",
@@ -47,7 +46,6 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "float32 unless `dtype` says otherwise",
         "float32 unless `dtype` says otherwise",
     ),
-    # ---------------------------------------------------------------------------------------------- quality
     (
         "subject_micro_mean",
         "subject_consistency",
@@ -121,6 +119,14 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "RGB, the same figure",
     ),
     (
+        "flickering_one_frame",
+        "temporal_flickering",
+        "a clip of one frame has a score of NaN",
+        "the dimension is NaN",
+        _CLIP_FAILS,
+        _CLIP_FAILS,
+    ),
+    (
         "flickering_unfiltered",
         "temporal_flickering",
         "the score is meant for clips that the static filter let pass, and nothing checks that they did",
@@ -161,6 +167,22 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         _SAME,
     ),
     (
+        "smoothness_small_frames",
+        "motion_smoothness",
+        "from 49 to 112 pixels on a side AMT divides by 0 at its coarsest scale, and draws NaN",
+        "small clips have no sensible score",
+        "that scale is read as the others are",
+        "that scale is read as the others are",
+    ),
+    (
+        "smoothness_short",
+        "motion_smoothness",
+        "a clip of 1 or 2 frames ends the run",
+        "one such file loses all results",
+        _CLIP_FAILS,
+        _CLIP_FAILS,
+    ),
+    (
         "mp4_only",
         "motion_smoothness, dynamic_degree",
         "these take .mp4 or a folder of pictures, and raise for .gif, which other dimensions take",
@@ -171,10 +193,26 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "dynamic_bankers_rounding",
         "dynamic_degree",
-        "the step between frames and the number of moving pairs are rounded half to even",
-        "12 fps has a step of 2 and 20 fps too; 6 frames need 2 pairs, 10 need 2",
+        "a quarter of the sampled frames, the number of pairs that have to move, is rounded half to even",
+        "10, 18 and 26 frames need 2, 4 and 6 pairs",
         _SAME,
-        "rounded half up",
+        "rounded half up: 3, 5 and 7",
+    ),
+    (
+        "dynamic_step_rounding",
+        "dynamic_degree",
+        "the step between sampled frames, fps / 8, is rounded half to even",
+        "12 fps and 20 fps have a step of 2 both",
+        _SAME,
+        _SAME,
+    ),
+    (
+        "dynamic_one_frame",
+        "dynamic_degree",
+        "a clip with one sampled frame has no pair, and is static",
+        "a picture is judged for its motion",
+        _SAME,
+        _CLIP_FAILS,
     ),
     (
         "dynamic_two_frames",
@@ -193,6 +231,14 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "the padding is cut off first",
     ),
     (
+        "flow_of_small_frames",
+        "dynamic_degree, static_filter",
+        "below 121 pixels on a side RAFT divides by 0 in a level of one cell, and its flow is NaN; below 57 it stops",
+        "every such clip is static, whatever moves",
+        _CLIP_FAILS,
+        "measured, with zeros around that level as around any other",
+    ),
+    (
         "dynamic_low_fps",
         "dynamic_degree",
         "between July and December 2024 clips below 8 fps had a lower threshold; before and after they had not",
@@ -207,6 +253,14 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "figures are not those of an aesthetic reward",
         _SAME,
         _SAME,
+    ),
+    (
+        "aesthetic_last_batch",
+        "aesthetic_quality",
+        "frames that leave one over when divided by 32 (1, 33, 65, ...) cannot be joined",
+        "clips of such a length end the run",
+        "rated",
+        "rated",
     ),
     (
         "imaging_scale",
@@ -231,160 +285,5 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "no score: its dropout is 0; memory alone",
         "without a graph",
         "without a graph",
-    ),
-    # ---------------------------------------------------------------------------------------------- semantic
-    (
-        "grit_rgb_for_bgr",
-        "object_class, multiple_objects, color, spatial_relationship",
-        "GRiT's wrapper says BGR and is given RGB",
-        "none: the weights want RGB",
-        "RGB",
-        "RGB",
-    ),
-    (
-        "grit_not_resized",
-        "object_class, multiple_objects, color, spatial_relationship",
-        "the wrapper resizes the frame and then feeds the one that was not; from 2024-09-20 on, frames whose shorter "
-        "side is over 768 are made 720",
-        "detections depend on the clip's size, and on the day for large ones",
-        "detections from elsewhere are taken as they are; substitutes resize as their networks want",
-        "detections from elsewhere are taken as they are; substitutes resize as their networks want",
-    ),
-    (
-        "object_error_is_miss",
-        "object_class",
-        "any error counts as an object that was not found",
-        "a fault of the machine lowers the model's score",
-        _CLIP_FAILS,
-        _CLIP_FAILS,
-    ),
-    (
-        "human_action_file_name",
-        "human_action",
-        "the wanted action is read from the file's name: after 'person is ', up to the first '-' and the first '_'",
-        "0 for every clip that is named otherwise; a label with a hyphen is cut",
-        "read from the prompt by the same rule",
-        "read from the prompt, whole",
-    ),
-    (
-        "human_action_threshold",
-        "human_action",
-        "the five largest logits of a softmax classifier go through a sigmoid, are rounded to 4 places, and count from "
-        "0.85 on",
-        "0.85 is no probability; 0.84995 passes",
-        _SAME,
-        "not rounded",
-    ),
-    (
-        "color_first_class",
-        "color",
-        "every caption of a frame is taken for one of the first detection's class",
-        "colours of other things count for the object, and objects that are not found first do not count",
-        _SAME,
-        "each caption with its own class",
-    ),
-    (
-        "color_substring",
-        "color",
-        "a colour is found wherever its letters are",
-        "'red' is in 'covered' and 'colored'",
-        _SAME,
-        "whole words",
-    ),
-    (
-        "color_denominator",
-        "color",
-        "frames without a coloured object are left out of a clip, and clips without such a frame out of the mean",
-        "a model that fails to draw the object is not punished; without any clip it divides by zero",
-        _SAME,
-        "all frames and all clips count, a missing object as 0",
-    ),
-    (
-        "color_object_from_prompt",
-        "color",
-        "the object is the prompt without 'a ', 'an ' and the colour, also inside of words",
-        "prompts of your own can lose letters ('panda bear' -> 'pandbear')",
-        _SAME,
-        "whole words are taken out",
-    ),
-    (
-        "spatial_unsigned",
-        "spatial_relationship",
-        "only the larger of the two distances is looked at, not its sign",
-        "left of and right of are the same, and so are above and below",
-        _SAME,
-        "the direction counts",
-    ),
-    (
-        "spatial_any_pair",
-        "spatial_relationship",
-        "all pairs of boxes of either class are tried, and the best one counts",
-        "two bicycles satisfy 'a bicycle on the left of a car'",
-        _SAME,
-        "one box of each class",
-    ),
-    (
-        "spatial_mean",
-        "spatial_relationship",
-        "on one GPU the mean is over frames, on several over clips",
-        "none while every clip has its 16 frames, as `middle` sampling gives",
-        "over clips",
-        "over clips",
-    ),
-    (
-        "scene_substring",
-        "scene",
-        "each word of the scene is looked for inside of the caption's words",
-        "'sea' is in 'season', 'bar' in 'barn'",
-        _SAME,
-        "whole words",
-    ),
-    (
-        "appearance_last_frame",
-        "appearance_style",
-        "on several GPUs a clip counts with its last frame alone",
-        "the score depends on the number of GPUs",
-        "the figure of one GPU: the mean over all frames of all clips",
-        "the mean over clips of each one's frames",
-    ),
-    (
-        "appearance_logit_scale",
-        "appearance_style",
-        "CLIP's logits are divided by 100 and not by the scale that its file holds",
-        "a factor of the weights' own logit scale over 100",
-        _SAME,
-        "the cosine itself",
-    ),
-    (
-        "appearance_antialiased",
-        "appearance_style",
-        "frames go through PIL, whose resize has antialiasing, unlike every other dimension's",
-        "the same network sees other pixels than for background consistency",
-        _SAME,
-        _SAME,
-    ),
-    (
-        "temporal_style_whole_prompt",
-        "temporal_style",
-        "the clip is compared with the whole prompt, where the paper says the description of the style",
-        "the score is one of content too, as overall consistency is",
-        _SAME,
-        _SAME,
-    ),
-    (
-        "viclip_32_tokens",
-        "temporal_style, overall_consistency",
-        "prompts are cut to 32 tokens",
-        "the end of a long prompt is not looked at",
-        "reproduced; results say which prompts were cut",
-        "reproduced; results say which prompts were cut",
-    ),
-    (
-        "consistency_below_zero",
-        "temporal_style, overall_consistency",
-        "cosines may be below 0, where the bounds of the totals begin",
-        "a normalised score can be negative",
-        _SAME,
-        _SAME,
     ),
 )
