@@ -22,8 +22,9 @@ class Checkpoint:
         keys: layout of the state dict, as the reader of that kind of network names it: ``open_clip`` or ``hf_clip``
             (either is read for a CLIP), ``long_clip`` (open_clip's with ``positional_embedding_res``), ``mps``
             (``model.*`` and ``cross_model.*``), ``linear``, ``mlp5``, ``mlp5_relu``, ``image_reward``,
-            ``mask2former``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and so on; ``config``, ``text`` and
-            ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that library.
+            ``mask2former``, ``musiq``, ``amt``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and so on; ``config``,
+            ``text`` and ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that
+            library.
         sha256: digest of the authors' file; None where it has not been checked against a copy.
         also: further files of the repository that scoring reads, such as a config or a tokeniser; ``*`` stands for
             any characters.
@@ -282,6 +283,22 @@ KNOWN: dict[str, Checkpoint] = {
         by_hand="Download dreamsim_ensemble_checkpoint.zip of the release v0.2.0-checkpoints of "
         "https://github.com/ssundaram21/dreamsim and unzip it",
         fits=("mmalign.backbones.dreamsim:check_fits",),
+    ),
+    "musiq-spaq": Checkpoint(
+        ("musiq_spaq_ckpt-358bb6af.pth", "musiq_spaq_ckpt-358bb6af.safetensors"),
+        "chaofengc/IQA-PyTorch-Weights",
+        "Apache-2.0 (Google's weights; the terms of their conversion were not read)",
+        "musiq",
+        fits=("mmalign.backbones.musiq:check_fits",),
+    ),
+    "amt-s": Checkpoint(
+        ("amt-s.pth", "amt-s.safetensors"),
+        "lalala125/AMT",
+        "CC-BY-NC-4.0 (AMT's weights: no commercial use)",
+        "amt",
+        by_hand="Its licence, CC BY-NC 4.0, forbids commercial use, so it is not fetched: where you may use it, "
+        "download amt-s.pth from the Hugging Face repository lalala125/AMT",
+        fits=("mmalign.backbones.amt:check_fits",),
     ),
     # Models that are asked (vqascore, unified_reward, vision_reward, gecko, dpg) or read (multi_tap): whole folders.
     "qwen2-vl-2b": _chat_model("Qwen/Qwen2-VL-2B-Instruct", "Apache-2.0"),

@@ -209,7 +209,7 @@ class TestListing:
                 assert (ROOT / "docs" / "scorers" / f"{name}.md").is_file(), f"{name} has no page"
                 assert f"(scorers/{name}.md)" in page, f"docs/evaluators.md does not lead to {name}'s page"
             expected = name in {"aesthetic", "clip_score", "fitted_reward", "hps", "hpsv3", "image_reward", "mps"} | {
-                "pickscore", "social_reward", "vlm_reward"}  # fmt: skip
+                "pickscore", "social_reward", "vlm_reward", "imaging_quality", "motion_smoothness"}  # fmt: skip
             assert row["differentiable"] == expected, f"{name}: its contract test follows a gradient to the pixels"
             assert ("video" in row["modality"]) <= ("frames" in row["needs"]), name
         assert {"v1", "v2"} <= set(rows["aesthetic"]["params"]["head"]["enum"])
