@@ -24,6 +24,7 @@ from mmalign.media_folder import table_in
 from mmalign.tables import MediaRow, read_media_table
 from mmalign.vbench.clips import FLICKERING, STATIC, Found, find_images, from_folder, from_table, has_table
 from mmalign.vbench.dimensions import I2V, base
+from mmalign.vbench.leaderboard import I2V_ROWS, ROWS
 from mmalign.vbench.suite import Suite, SuitePrompt, read_prompts, read_suite
 
 __all__ = ["find", "rows_of", "specs"]
@@ -36,12 +37,17 @@ def specs(config: ScoreConfig, plugins: bool = True) -> list[tuple[str, dict[str
     """(name, parameters) of the evaluators: those of the dimensions that are asked for, with the run's rules.
 
     Raises:
-        ValueError: an unknown evaluator, or a dimension that none of them measures, with the nearest.
+        ValueError: an unknown evaluator, a dimension that none of them measures, or a row that is not on the board,
+            with the nearest.
     """
     given = [(spec.name, dict(spec.params)) for spec in config.evaluators]
     block = config.vbench
     if block is None:
         return given
+    board = {**ROWS, **I2V_ROWS}
+    for name in block.against:
+        if name not in board:
+            raise ValueError(f"vbench.against: the board has no {name!r}.{nearest(name, list(board))}")
     if block.dimensions is not None:
         known = list(dict.fromkeys(base(name) for name, _ in given))
         for name in block.dimensions:

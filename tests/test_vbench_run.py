@@ -22,6 +22,7 @@ from mmalign.cli import app
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
 from mmalign.jobs_vbench import VBench
 from mmalign.media import read_video, write_video
+from mmalign.report import build
 from mmalign.results import read_results
 from mmalign.score import plan_for, run
 from mmalign.score_plan import to_do
@@ -108,6 +109,14 @@ def test_a_suite_becomes_scores_and_files(home: Path, tmp_path: Path) -> None:
     assert not [name for name in os.listdir(folder) if name.startswith(".") and name != ".lock"], "nothing half written"
     results = read_results(folder).rows
     assert {row["group"] for row in results} == set(PROMPTS)
+
+
+def test_the_report_shows_the_rows_that_the_config_names(home: Path, tmp_path: Path) -> None:
+    folder = run(config(home / "clips", tmp_path / "out", block=standard(home, against=["Kling"])))
+    text = build([folder], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Kling" in text and "Open-Sora-2.0" not in text
+    with pytest.raises(ValueError, match=r"the board has no 'Klin'\. Did you mean 'Kling'"):
+        plan_for(config(home / "clips", tmp_path, block=standard(home, against=["Klin"])))
 
 
 @pytest.fixture(name="broken")
