@@ -19,7 +19,7 @@ from mmalign.jobs import ScoreConfig
 from mmalign.jobs_vbench import VBench
 from mmalign.results import causes
 from mmalign.score_plan import Item, Job, Plan
-from mmalign.source import whole_file
+from mmalign.source import well_formed, whole_file
 from mmalign.vbench.aggregate import ClipScore, Mean, dimension_mean, static_only, total_ends
 from mmalign.vbench.clips import FLICKERING, STATIC
 from mmalign.vbench.dimensions import DIMENSIONS, I2V, base
@@ -142,7 +142,7 @@ def _clip_score(job: Job, item: Item, rows: Mapping[str, Mapping[str, Any]]) -> 
     return ClipScore(
         sample=row.sample,
         prompt=row.group or row.prompt or f"sample {row.sample}",
-        path=media,
+        path=well_formed(media),
         value=main.get("score"),
         counts={name: count for name, count in counts.items() if count is not None},
         reason=main.get("reason"),
@@ -245,7 +245,7 @@ def _write_full_info(plan: Plan, config: ScoreConfig, block: VBench) -> None:
         path = str(getattr(item.row.media, "file", item.row.media))
         if item.problem is None or os.path.lexists(path):
             for name in item.row.dimensions or ("",):
-                there.setdefault((item.row.prompt, name), []).append(path)
+                there.setdefault((item.row.prompt, name), []).append(well_formed(path))
     names = list(dict.fromkeys(base(job.name) for job in plan.jobs if base(job.name) in DIMENSIONS))
     if block.suite is not None:
         rows = []

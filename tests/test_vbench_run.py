@@ -260,6 +260,17 @@ def test_a_table_names_the_prompts_of_a_suite(home: Path, tmp_path: Path) -> Non
     assert record.dimensions[0].n == 9 and record.dimensions[0].missing == 0
 
 
+def test_a_name_that_is_no_utf8_stops_nothing(home: Path, tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    try:
+        shutil.copy(home / "clips" / "a red bird-0.mp4", os.path.join(os.fsencode(clips), b"caf\xe9-0.mp4"))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    record = read_record(run(config(clips, tmp_path / "out")))
+    assert record.dimensions[0].n == 1 and len(read_eval_results(tmp_path / "out" / "vbench_eval_results.json")) == 1
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 

@@ -198,15 +198,15 @@ def score(
         return
     summary = read_json(folder / "summary.json")
     lacking = []
-    typer.echo("\n".join(account(summary, means=settings.vbench is None)))
+    told = account(summary, means=settings.vbench is None)
     if settings.vbench:
         from mmalign.score_vbench_results import lines, unscored
         from mmalign.vbench.record import read_record
 
         record = read_record(folder)
         lacking = unscored(record)
-        typer.echo("\n".join(lines(record)))
-    typer.echo(f"results: {folder}")
+        told += lines(record)
+    typer.echo("\n".join([*told, f"results: {folder}"]))
     if scored_nothing(summary):
         typer.echo("error: nothing could be scored; the reasons stand above", err=True)
         raise typer.Exit(1)
@@ -242,6 +242,8 @@ def _score_config(
     named = [
         f"{key}={json.dumps(str(value))}" for key, value in (("table", table), ("output", output)) if value is not None
     ]
+    if table is not None:
+        named.append("media=null")  # the other key that a config may name them by
     suffix = "" if source is None else source.suffix.lower()
     named_table = suffix in TABLES or (bool(evaluators) and suffix not in CONFIGS)
     if source is not None and (named_table or source.is_dir()):
