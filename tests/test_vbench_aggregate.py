@@ -57,7 +57,9 @@ def test_a_colour_without_its_object_is_in_no_mean() -> None:
     held = clips([0.5, 0.0, 1.0], counts=[{"frames": 8.0}, {"frames": 0.0}, {"frames": 2.0}])
     mean = dimension_mean("color", held)
     assert mean.score == pytest.approx(0.75) and mean.unjudged == 1
-    assert dimension_mean("object_class", held).score == pytest.approx(0.5), "of color alone"
+    assert dimension_mean("human_action", held).score == pytest.approx(0.5), "of color alone"
+    weighted = dimension_mean("object_class", held)
+    assert weighted.score == pytest.approx((0.5 * 8 + 2) / 10) and weighted.unjudged == 1, "no weight is no clip"
     assert dimension_mean("color", clips([0.0], counts=[{"frames": 0.0}])) == Mean(None, unjudged=1)
 
 

@@ -78,7 +78,8 @@ def expected(case: Case, name: str) -> float:
     """The reference's rule in numpy."""
     values = np.array([value for _, value, _ in case.values[name]])
     counts = np.array([count for _, _, count in case.values[name]])
-    if name in ("subject_consistency", "background_consistency", "appearance_style"):
+    by_pairs, by_frames = ("subject", "background"), ("object", "multiple", "spatial", "scene", "appearance")
+    if name.startswith((*by_pairs, *by_frames)):
         return float((values * counts).sum() / counts.sum())
     return float(values.mean()) / (100 if name == "imaging_quality" else 1)
 

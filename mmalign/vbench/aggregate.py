@@ -1,8 +1,9 @@
 """From scores of clips to scores of dimensions and totals, with intervals, bounds, and a policy for what is missing.
 
 The rule of ``compat`` is the reference's on one GPU: subject and background consistency weigh a clip by its pairs of
-frames and appearance style by its frames (`mmalign.vbench.dimensions.Dimension.counted_by`), all others take the mean
-over clips; of color a clip whose object is found in no frame is in no mean; imaging quality is divided by 100.
+frames, appearance style and what counts frames (objects, relations, scenes) by its frames
+(`mmalign.vbench.dimensions.Dimension.counted_by`), all others take the mean over clips; a clip with nothing to judge
+(``needs_count``: a colour whose object is found in no frame) is in no mean; imaging quality is divided by 100.
 ``strict`` takes the mean over clips everywhere.
 """
 
@@ -26,7 +27,6 @@ __all__ = ["ClipScore", "Mean", "Policy", "dimension_mean", "static_only", "tota
 Policy = Literal["error", "skip", "zero"]
 Totals = Callable[[Mapping[str, float | None]], Mapping[str, Figure]]
 SAMPLES = 2000
-_NOTHING = {"color": "frames"}  # the count that is 0 where a clip is in no mean
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def dimension_mean(
     """
     dimension = DIMENSIONS[name]
     counted = dimension.counted_by if rules == "compat" else None
-    judged = [clip for clip in clips if clip.value is None or clip.counts.get(_NOTHING.get(name, "")) != 0]
+    needed = [key for key in (dimension.needs_count, counted) if key]
+    # A clip with nothing to judge: without the count that the dimension needs, or of no weight.
+    judged = [clip for clip in clips if clip.value is None or 0 not in (clip.counts.get(key) for key in needed)]
     good = [clip for clip in judged if clip.value is not None]
     lacking = len(judged) - len(good)
     unjudged = len(clips) - len(judged)

@@ -24,6 +24,8 @@ class Dimension:
         divisor: what the mean over clips is divided by; 100 where clips are rated from 0 to 100.
         counted_by: the sub-score by which the reference on one GPU weighs clips in the mean (it takes the mean over all
             frames or pairs); None: every clip counts the same.
+        needs_count: the sub-score that has to be above 0 for a clip to be in the mean, where it counts as any other;
+            None: every clip is. So the reference leaves clips out in which it saw no colour.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Dimension:
     weight: float = 1.0
     divisor: float = 1.0
     counted_by: str | None = None
+    needs_count: str | None = None
 
 
 _ALL = (
@@ -43,12 +46,12 @@ _ALL = (
     Dimension("dynamic_degree", "quality", weight=0.5),
     Dimension("aesthetic_quality", "quality"),
     Dimension("imaging_quality", "quality", divisor=100.0),
-    Dimension("object_class", "semantic"),
-    Dimension("multiple_objects", "semantic"),
+    Dimension("object_class", "semantic", counted_by="frames"),
+    Dimension("multiple_objects", "semantic", counted_by="frames"),
     Dimension("human_action", "semantic"),
-    Dimension("color", "semantic"),
-    Dimension("spatial_relationship", "semantic"),
-    Dimension("scene", "semantic", highest=0.8222),
+    Dimension("color", "semantic", needs_count="frames"),
+    Dimension("spatial_relationship", "semantic", counted_by="frames"),
+    Dimension("scene", "semantic", highest=0.8222, counted_by="frames"),
     Dimension("appearance_style", "semantic", 0.0009, 0.2855, counted_by="frames"),
     Dimension("temporal_style", "semantic", highest=0.364),
     Dimension("overall_consistency", "semantic", highest=0.364),
