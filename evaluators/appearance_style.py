@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmalign.backbones.clip import PUBLISHED, clip_weight_files
 from mmalign.backbones.clip_scoring import OPENAI_CROP, ClipBackbone, frame_features, load_clip_backbone
-from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Strict, find_checkpoint, score_ready
+from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Scores, Strict, find_checkpoint, score_ready
 
 KEY = "appearance_style"
 
@@ -60,7 +60,7 @@ class AppearanceStyle(Evaluator):
         return clip_weight_files(*_files(params))
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> dict[str, Tensor]:
+    def score(self, batch: Batch) -> Scores:
         """``score`` and ``frames``, [B]; ValueError for an item without a style's name, or with too long a one."""
 
         def measured(places: Sequence[int], styles: Sequence[str]) -> dict[str, Tensor]:

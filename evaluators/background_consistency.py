@@ -15,7 +15,7 @@ from mmalign.backbones.clip_scoring import (
     load_clip_backbone,
     resize_crop,
 )
-from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Strict, find_checkpoint, score_ready
+from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Scores, Strict, find_checkpoint, score_ready
 from mmalign.vbench.consistency import consistency, pair_count
 
 CLIP_224 = Geometry.of(resize_crop, antialias=False)
@@ -64,7 +64,7 @@ class BackgroundConsistency(Evaluator):
         return clip_weight_files(*_files(params))
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> dict[str, Tensor]:
+    def score(self, batch: Batch) -> Scores:
         """``score`` and ``pairs``, [B]; ValueError for an item of one frame, where the reference divides by 0."""
         counts = [len(clip) for clip in batch.frames]
 

@@ -10,16 +10,14 @@ from typing import Any, Literal
 import torch
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmalign.backbones.clip import PUBLISHED, clip_weight_files
-from mmalign.backbones.clip_scoring import OPENAI_CROP, ClipBackbone, load_clip_backbone
+from mmalign.backbones.clip_scoring import ClipBackbone, load_clip_backbone
+from mmalign.backbones.colours import COLOURS, name_colours
 from mmalign.backbones.detector import Detections, Detector, detector_weight_files, load_detector
 from mmalign.backbones.mask2former import COCO
 from mmalign.evaluation import BackboneSpec, Batch, Evaluator, Scores, Strict, find_checkpoint, score_ready
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 GREY = 0x99
 # The benchmark's names are COCO's but for three.
 RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
@@ -217,7 +215,6 @@ class GenEval(Evaluator):
         self.clip: ClipBackbone = backbones["clip"]
         self.clip.preprocess.check_cropped(params.model)
         self.detector: Detector = backbones["detector"]
-        self._colours: dict[str, Tensor] = {}
 
     @classmethod
     def backbone_specs(cls, params: Params) -> dict[str, BackboneSpec]:
@@ -283,23 +280,10 @@ class GenEval(Evaluator):
                     continue
                 for i in there[: clause.count]:
                     image = images[index].to(found[index].masks.device)
-                    crops.append(cut_out(image, found[index].boxes[i], found[index].masks[i])[None])
+                    crops.append(cut_out(image, found[index].boxes[i], found[index].masks[i]))
                     places.append((index, i))
                     names.append(clause.name)
-        if not crops:
-            return {}
-        features = self.clip.frames(crops, OPENAI_CROP)
-        prototypes = torch.stack([self._prototypes(name) for name in names])
-        best = torch.einsum("nd,ncd->nc", features, prototypes).argmax(-1).tolist()
-        return {place: COLOURS[colour] for place, colour in zip(places, best, strict=True)}
-
-    def _prototypes(self, name: str) -> Tensor:
-        """Unit-length text features of a class in each colour, the mean over the templates: float32 [10, D]."""
-        if name not in self._colours:
-            texts = [form.format(colour=colour, name=name) for colour in COLOURS for form in TEMPLATES]
-            features = self.clip.texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES))).mean(1)
-            self._colours[name] = F.normalize(features, dim=-1)
-        return self._colours[name]
+        return dict(zip(places, name_colours(self.clip, crops, names), strict=True))
 
 
 def parse(aux: Mapping[str, Any]) -> Asked:

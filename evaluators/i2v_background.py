@@ -11,7 +11,7 @@ from mmalign.backbones.clip_scoring import Geometry
 from mmalign.backbones.dino import SIDE
 from mmalign.backbones.dreamsim import DreamSim, dreamsim_files, load_dreamsim, squash
 from mmalign.backbones.pil_pixels import as_it_is, pil_bicubic
-from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Strict, find_checkpoint, score_ready
+from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Scores, Strict, find_checkpoint, score_ready
 from mmalign.vbench.consistency import pair_count, resemblance
 
 INPUT = Geometry.of(squash, levels=True)
@@ -67,7 +67,7 @@ class I2VBackground(Evaluator):
         return dreamsim_files(*_files(params))
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> Scores:
         """[B]; ValueError for an item of one frame, where the reference has no pair, or without an input image."""
         counts = [len(clip) for clip in batch.frames]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmalign.backbones.clip_scoring import Geometry, resize_crop
 from mmalign.backbones.dino import SIDE, DinoBackbone, dino_features, load_dino
 from mmalign.backbones.pil_pixels import as_it_is, pil_bicubic
-from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Strict, find_checkpoint, score_ready
+from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Scores, Strict, find_checkpoint, score_ready
 from mmalign.vbench.consistency import pair_count, resemblance
 
 INPUT = Geometry.of(resize_crop, levels=True, short=256)
@@ -62,7 +62,7 @@ class I2VSubject(Evaluator):
         return [find_checkpoint(params.checkpoint, "dino-vitb16")]
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> Scores:
         """[B]; ValueError for an item of one frame, where the reference has no pair, or without an input image."""
         counts = [len(clip) for clip in batch.frames]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmalign.backbones.clip_scoring import Geometry
 from mmalign.backbones.dino import DinoBackbone, dino_features, load_dino, resize_short
-from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Strict, find_checkpoint, score_ready
+from mmalign.evaluation import AllFrames, BackboneSpec, Batch, Evaluator, Scores, Strict, find_checkpoint, score_ready
 from mmalign.vbench.consistency import consistency, pair_count
 
 DINO_224 = Geometry.of(resize_short, antialias=False, mode="bilinear")
@@ -49,7 +49,7 @@ class SubjectConsistency(Evaluator):
         return [find_checkpoint(params.checkpoint, "dino-vitb16")]
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> dict[str, Tensor]:
+    def score(self, batch: Batch) -> Scores:
         """``score`` and ``pairs``, [B]; ValueError for an item of one frame, where the reference divides by 0."""
         counts = [len(clip) for clip in batch.frames]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmalign.evaluation import AllFrames, Batch, Evaluator, score_ready
+from mmalign.evaluation import AllFrames, Batch, Evaluator, Scores, score_ready
 from mmalign.vbench.consistency import flicker, pair_count
 
 
@@ -24,7 +24,7 @@ class TemporalFlickering(Evaluator):
     licence = "Apache-2.0"
     source = "VBench, 2311.17982; temporal_flickering.py of Vchitect/VBench"
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> Scores:
         """float64 [B]; ValueError for an item of one frame, of which the reference makes NaN."""
 
         def compared(places: Sequence[int], counts: Sequence[int]) -> Tensor:

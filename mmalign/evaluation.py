@@ -48,7 +48,7 @@ __all__ = [
     "subscores",
 ]
 
-NEEDS = frozenset({"image", "frames", "prompt", "reference", "fps", "aux"})
+NEEDS = frozenset({"image", "frames", "prompt", "reference", "fps", "aux", "sample"})
 """What an evaluator may need: the media as stills or as clips, and columns of the media table."""
 
 MODALITIES = frozenset({"image", "video"})
@@ -87,6 +87,7 @@ class Batch:
         references: uint8 [T, 3, H, W] each; T = 1 for an image.
         fps: frames per second of the source; None for an image.
         aux: the table's further columns, one dictionary per item.
+        samples: the names that the table gives them, for evaluators that look items up elsewhere.
     """
 
     images: list[Tensor] = field(default_factory=list)
@@ -95,6 +96,7 @@ class Batch:
     references: list[Tensor] = field(default_factory=list)
     fps: list[float | None] = field(default_factory=list)
     aux: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
     _shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -116,7 +118,7 @@ class Batch:
 
     def take(self, indices: Sequence[int]) -> Batch:
         """A batch of the items at these places, in this order."""
-        names = ("images", "frames", "prompts", "references", "fps", "aux")
+        names = ("images", "frames", "prompts", "references", "fps", "aux", "samples")
         columns: dict[str, Any] = {name: getattr(self, name) for name in names}
         taken: dict[str, Any] = {
             name: [column[i] for i in indices] if column else [] for name, column in columns.items()

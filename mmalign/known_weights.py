@@ -68,6 +68,12 @@ def _openai(repo: str, licence: str, model: str) -> Checkpoint:
     return Checkpoint(OPENAI, repo, licence, "open_clip", fits=(CLIP, model))
 
 
+def _detector(repo: str, licence: str) -> Checkpoint:
+    """A folder of transformers with a detector in it, whole."""
+    fits = (f"{VLM}:check_folder", "MODEL_FOR_OBJECT_DETECTION_MAPPING")
+    return Checkpoint(("config.json",), repo, licence, "transformers", also=FOLDER, fits=fits)
+
+
 def _chat_model(repo: str, licence: str) -> Checkpoint:
     """A folder of transformers, whole."""
     return Checkpoint(("config.json",), repo, licence, "transformers", also=FOLDER, fits=(f"{VLM}:check_folder",))
@@ -266,6 +272,22 @@ KNOWN: dict[str, Checkpoint] = {
         "https://github.com/Picsart-AI-Research/Social-Reward, save them as social_reward.safetensors",
         fits=(CLIP, "ViT-L-14-quickgelu"),
     ),
+    "musiq-spaq": Checkpoint(
+        ("musiq_spaq_ckpt-358bb6af.pth", "musiq_spaq_ckpt-358bb6af.safetensors"),
+        "chaofengc/IQA-PyTorch-Weights",
+        "Apache-2.0 (Google's weights; the terms of their conversion were not read)",
+        "musiq",
+        fits=("mmalign.backbones.musiq:check_fits",),
+    ),
+    "amt-s": Checkpoint(
+        ("amt-s.pth", "amt-s.safetensors"),
+        "lalala125/AMT",
+        "CC-BY-NC-4.0 (AMT's weights: no commercial use)",
+        "amt",
+        by_hand="Its licence, CC BY-NC 4.0, forbids commercial use, so it is not fetched: where you may use it, "
+        "download amt-s.pth from the Hugging Face repository lalala125/AMT",
+        fits=("mmalign.backbones.amt:check_fits",),
+    ),
     # VBench's dimensions.
     "dino-vitb16": Checkpoint(
         ("model.safetensors", "dino_vitbase16_pretrain.pth", "dino_vitbase16_pretrain.safetensors"),
@@ -284,22 +306,6 @@ KNOWN: dict[str, Checkpoint] = {
         "https://github.com/ssundaram21/dreamsim and unzip it",
         fits=("mmalign.backbones.dreamsim:check_fits",),
     ),
-    "musiq-spaq": Checkpoint(
-        ("musiq_spaq_ckpt-358bb6af.pth", "musiq_spaq_ckpt-358bb6af.safetensors"),
-        "chaofengc/IQA-PyTorch-Weights",
-        "Apache-2.0 (Google's weights; the terms of their conversion were not read)",
-        "musiq",
-        fits=("mmalign.backbones.musiq:check_fits",),
-    ),
-    "amt-s": Checkpoint(
-        ("amt-s.pth", "amt-s.safetensors"),
-        "lalala125/AMT",
-        "CC-BY-NC-4.0 (AMT's weights: no commercial use)",
-        "amt",
-        by_hand="Its licence, CC BY-NC 4.0, forbids commercial use, so it is not fetched: where you may use it, "
-        "download amt-s.pth from the Hugging Face repository lalala125/AMT",
-        fits=("mmalign.backbones.amt:check_fits",),
-    ),
     # Models that are asked (vqascore, unified_reward, vision_reward, gecko, dpg) or read (multi_tap): whole folders.
     "qwen2-vl-2b": _chat_model("Qwen/Qwen2-VL-2B-Instruct", "Apache-2.0"),
     "qwen2.5-vl-7b": _chat_model("Qwen/Qwen2.5-VL-7B-Instruct", "Apache-2.0"),
@@ -307,6 +313,10 @@ KNOWN: dict[str, Checkpoint] = {
     "llava-onevision-0.5b": _chat_model("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "Apache-2.0"),
     "smolvlm-256m": _chat_model("HuggingFaceTB/SmolVLM-256M-Instruct", "Apache-2.0"),
     "unified-reward-qwen-7b": _chat_model("CodeGoat24/UnifiedReward-qwen-7b", "MIT"),
+    # Substitutes for what VBench asks GRiT and Tag2Text for: objects, colours, relations, scenes.
+    "rtdetr-v2-r50": _detector("PekingU/rtdetr_v2_r50vd", "Apache-2.0"),
+    "rtdetr-v2-r18": _detector("PekingU/rtdetr_v2_r18vd", "Apache-2.0"),
+    "blip-captioning-large": _chat_model("Salesforce/blip-image-captioning-large", "BSD-3-Clause"),
     "multi-tap-qwen2-vl-2b": Checkpoint(
         ("model.safetensors.index.json", "model.safetensors"),
         "brl-xfact/Multi-TAP-Qwen2-VL-2B",

@@ -258,6 +258,7 @@ def _key(job: Job, item: Item, dtype: str) -> str:
         _reference(item) if "reference" in needs else "",
         row.fps if "fps" in needs else "",
         row.aux if "aux" in needs else "",
+        *([row.sample] if "sample" in needs else []),
     )
 
 

@@ -168,6 +168,7 @@ def make_batch(plan: Plan, indices: Sequence[int], decoded: dict[int, Decoded], 
         references=references if len(references) == len(clips) else [],
         fps=[row.fps if row.fps is not None else decoded[index].fps for index, row in zip(indices, items, strict=True)],
         aux=[dict(row.aux) for row in items],
+        samples=[row.sample for row in items],
     )
 
 

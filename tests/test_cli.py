@@ -205,14 +205,15 @@ class TestListing:
 
     def test_evaluators_as_json_say_what_they_declare(self) -> None:
         rows = {row["name"]: row for row in listing(Kind.evaluators, plugins=False, declared=True)}
-        assert rows.keys() == {path.stem for path in (ROOT / "evaluators").glob("[!_]*.py")}
+        assert rows.keys() == {path.stem.replace("__", "@") for path in (ROOT / "evaluators").glob("[!_]*.py")}
         page = (ROOT / "docs" / "evaluators.md").read_text(encoding="utf-8")
         for name, row in rows.items():
             assert "error" not in row and row["licence"] and row["source"] and row["modality"], row
             assert isinstance(row["differentiable"], bool) and row["version"] >= 1, name
             if name not in {"shapes_truth", "shapes_motion", "shapes_place"}:
-                assert (ROOT / "docs" / "scorers" / f"{name}.md").is_file(), f"{name} has no page"
-                assert f"(scorers/{name}.md)" in page, f"docs/evaluators.md does not lead to {name}'s page"
+                base = name.partition("@")[0]  # what stands for another's dimension has its page, or is named on it
+                assert (ROOT / "docs" / "scorers" / f"{base}.md").is_file(), f"{name} has no page"
+                assert f"[{name}](scorers/{base}.md" in page, f"docs/evaluators.md does not lead to {name}'s page"
             expected = name in {"aesthetic", "clip_score", "fitted_reward", "hps", "hpsv3", "image_reward", "mps"} | {
                 "pickscore", "social_reward", "vlm_reward", "imaging_quality", "motion_smoothness"}  # fmt: skip
             assert row["differentiable"] == expected, f"{name}: its contract test follows a gradient to the pixels"

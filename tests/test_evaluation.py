@@ -151,6 +151,42 @@ def test_the_kit_follows_the_gradient_to_the_pixels_of_every_image():
     _check_gradient(half, ["a"] * 4, 1e-5, 0)
 
 
+def test_the_kit_gives_clips_to_those_that_score_these_alone():
+    """The gradient has to reach every clip; one frame is scored or refused, by all items and in words; counts have no
+    bounds."""
+    from mmalign.testing.evaluators import _check_gradient, _check_values, _media, _refused
+
+    class Change(Evaluator):
+        needs, modality, licence, source, differentiable = {"frames"}, {"video"}, "Apache-2.0", "a test", True
+        counts, smallest, words = frozenset({"pairs"}), 0, "one frame has no neighbour"
+
+        def score(self, batch):
+            if any(len(clip) < 2 and clip.shape[-1] > self.smallest for clip in batch.frames):
+                raise ValueError(self.words)
+            means = torch.stack([self._mean(clip.float() / 255) for clip in batch.frames])
+            return {"score": means, "pairs": torch.tensor([float(len(clip) - 1) for clip in batch.frames])}
+
+        def score_tensor(self, images, prompts):
+            return torch.stack([self._mean(clip) for clip in images])
+
+        def _mean(self, clip):
+            return (clip[1:] - clip[:-1]).abs().mean() if len(clip) > 1 else clip.mean() * 0
+
+    change = Change(Change.Params(), {}, torch.device("cpu"))
+    change.name = "change"
+    _check_gradient(change, ["a"] * 2, 1e-5, 0)
+    sizes = [(8, 8), (9, 20)]
+    one, three = (Batch(frames=_media(sizes, frames, 0), prompts=["a"] * 2) for frames in (1, 3))
+    _check_values(change, three, "change", (0.0, 1.0), 0.0)
+    assert _refused(change, one, "change") and not _refused(change, three, "change")
+    change.smallest = 10
+    with pytest.raises(AssertionError, match=r"the items \[1\] are refused and the others are scored"):
+        _refused(change, one, "change")
+    change.smallest, change.words = 0, ""
+    with pytest.raises(AssertionError, match="a ValueError without words"):
+        _refused(change, one, "change")
+
+
 def test_unknown_devices_say_what_is_known():
     with pytest.raises(ValueError, match="auto, cpu, cuda"):
         resolve_device("gpu")

@@ -18,7 +18,11 @@ from mmalign.backbones.dreamsim import CLIP_FILE, OPEN_CLIP_FILE, check_fits, sq
 from mmalign.backbones.pil_pixels import pil_bicubic
 from mmalign.discovery import evaluator_class, load_evaluator
 from mmalign.evaluation import Batch, ItemErrors
+from mmalign.jobs import EvaluatorSpec, ScoreConfig
 from mmalign.known_weights import KNOWN
+from mmalign.media import read_video, write_video
+from mmalign.results import read_results
+from mmalign.score import run
 from mmalign.testing import check_evaluator
 
 CLIP_NORM = np.stack([reference.MEAN, reference.STD])
@@ -203,6 +207,8 @@ def test_squares_are_torchvisions(size):
     image = Image.fromarray(clip[0].permute(1, 2, 0).numpy())
     expected = np.array(image.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(pil_bicubic(clip[0], (224, 224)).numpy(), expected)
+    wide = center_crop(resize(image, 256, InterpolationMode.BICUBIC), [224])
+    assert np.array_equal(pil_bicubic(clip[0], 256, 224).numpy(), np.array(wide).transpose(2, 0, 1))
     in_turn = pil_resize(clip[0].permute(1, 2, 0).numpy(), (224, 224)).transpose(2, 0, 1)
     near = (squash(clip.float() / 255, 224, levels=True)[0] * 255 - torch.from_numpy(in_turn)).abs()
     assert near.max() < 2.01 and (near > 0.5).float().mean() < 0.003
@@ -298,3 +304,40 @@ def test_another_tower_is_refused(tmp_path):
     save_file(state, lora)
     with pytest.raises(ValueError, match=r"has half of extractor_list\.1 block 0"):
         load_evaluator("i2v_background", params, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+def test_a_run_scores_clips_with_their_input_images(tmp_path):
+    """Files, a table, the runner: PNG and JPEG inputs of other sizes than the clips; one process and two."""
+    dino_file(tmp_path, width=64, hidden=64)
+    rows = []
+    for number, ending in enumerate(("png", "jpg", "png")):
+        clip = clip_of(4, 64, 96, seed=number)
+        write_video(tmp_path / f"{number}.mp4", clip, 8.0)
+        Image.fromarray(clip[0, :, :48, :80].permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.{ending}")
+        rows.append({"sample": str(number), "prompt": "a", "media": f"{number}.mp4", "modality": "video",
+                     "reference": f"{number}.{ending}"})  # fmt: skip
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ("i2v_subject", "subject_consistency", "temporal_flickering")
+    found = []
+    for processes in (1, 2):
+        config = ScoreConfig(
+            table=tmp_path / "table.jsonl", output=tmp_path / f"scores-{processes}", batch_size=2,
+            evaluators=tuple(
+                EvaluatorSpec(name=name, params={} if "flicker" in name else {"checkpoint": str(tmp_path)})
+                for name in names
+            ), processes=processes, device="cpu",
+        )  # fmt: skip
+        results = read_results(run(config)).rows
+        assert {row["status"] for row in results} == {"ok"}, [row["reason"] for row in results]
+        found.append({(row["evaluator"], row["subscore"], row["sample"]): row["score"] for row in results})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 3 * 4
+    for key, score in found[0].items():
+        assert found[1][key] == pytest.approx(score, abs=2e-6)
+    for number, ending in enumerate(("png", "jpg", "png")):
+        clip = read_video(tmp_path / f"{number}.mp4").frames
+        image = torch.from_numpy(np.array(Image.open(tmp_path / f"{number}.{ending}"))).permute(2, 0, 1)[None]
+        alone = load_evaluator("i2v_subject", {"checkpoint": str(tmp_path)}, "cpu").score(batch_of([clip], [image]))
+        assert found[0]["i2v_subject", "score", str(number)] == pytest.approx(alone.item(), abs=2e-6)

@@ -221,7 +221,9 @@ class DinoBackbone:
             float32 [N, width] on the backbone's device.
         """
         parts = []
-        for chunk in images.split(FORWARD_CHUNK):
+        short, long = sorted(images.shape[-2:])
+        # A sliver whose shortest side is brought to `SIDE` is as large as many pictures.
+        for chunk in images.split(max(1, min(FORWARD_CHUNK, 2 * FORWARD_CHUNK * short // long))):
             pixels = tower_pixels(chunk, resize, IMAGENET, self.device)
             parts.append(self._vit.norm(vit_tokens(self._vit, pixels.to(self.dtype))[:, 0]).float())
         return F.normalize(torch.cat(parts), dim=-1)

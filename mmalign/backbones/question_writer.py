@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from mmalign.backbones.prompt_questions import Question, read_prompts, read_questions, uncovered, write_questions
-from mmalign.backbones.vlm_loading import check_report, model_folder, unreadable
-from mmalign.progress import quiet_transformers
+from mmalign.backbones.vlm_loading import load_model, model_folder, unreadable
 from mmalign.weights_read import BAD_CONFIG
 
 __all__ = ["Entailment", "Writer", "load_entailment", "load_writer", "parse_questions", "write_file"]
@@ -165,17 +164,12 @@ def load_entailment(*, folder: str, device: torch.device, dtype: torch.dtype) ->
 def _load(kind: Any, folder: str, dtype: torch.dtype, parameter: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
+    model = load_model(kind, folder, dtype, parameter)
     path = model_folder(folder, parameter)
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with quiet_transformers():
-            model, report = kind.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **local
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except BAD_CONFIG as error:
         raise unreadable(f"{parameter}: {path}", error) from error
-    check_report(report, str(path))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

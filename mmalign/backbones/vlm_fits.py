@@ -28,26 +28,30 @@ from mmalign.weights_read import BAD_CONFIG, first_line
 __all__ = ["check_config", "check_folder", "check_multi_tap", "check_reward"]
 
 
-def check_folder(state: Mapping[str, Tensor], file: Path) -> None:
+VLMS = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"
+
+
+def check_folder(state: Mapping[str, Tensor], file: Path, kinds: str = VLMS) -> None:
     """Whether the tensors of a folder are those of the model that its config.json describes.
 
     Args:
         state: names to tensors on the meta device.
         file: config.json.
+        kinds: what transformers calls its table of configs and models of this kind.
 
     Raises:
         ValueError: transformers has no such model, or missing, unexpected or mis-shaped tensors, all named.
     """
-    _check_model(state, file.parent, str(file.parent))
+    _check_model(state, file.parent, str(file.parent), kinds)
 
 
-def _check_model(state: Mapping[str, Tensor], folder: Path, origin: str) -> None:
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+def _check_model(state: Mapping[str, Tensor], folder: Path, origin: str, kinds: str = VLMS) -> None:
+    import transformers
 
     model_folder(folder, "config", weights=False)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind: Any = getattr(transformers, kinds)[type(config)]
         with quiet_transformers():
             _, report = kind.from_pretrained(
                 None,

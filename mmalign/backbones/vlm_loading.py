@@ -23,7 +23,7 @@ from mmalign.progress import quiet_transformers
 from mmalign.weights import check_scorer, read_state_dict
 from mmalign.weights_read import BAD_CONFIG, first_line
 
-__all__ = ["check_report", "load_parts", "model_folder", "read_tensors", "unreadable", "vlm_files"]
+__all__ = ["check_report", "load_model", "load_parts", "model_folder", "read_tensors", "unreadable", "vlm_files"]
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 FILES = (
@@ -134,6 +134,32 @@ def load_parts(
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return model, processor
+
+
+def load_model(kind: Any, folder: str | Path, dtype: torch.dtype, parameter: str = "model") -> Any:
+    """A model of one of transformers' automatic classes, on the CPU in this precision.
+
+    Args:
+        kind: the class, such as ``AutoModelForObjectDetection``.
+
+    Raises:
+        ValueError: no such folder, one that holds another kind of model or code, or tensors that do not fit.
+    """
+    path = model_folder(folder, parameter)
+    try:
+        with quiet_transformers():
+            model, report = kind.from_pretrained(
+                path,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that all of them are told at once, by check_report
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except BAD_CONFIG as error:
+        raise unreadable(f"{parameter}: {path}", error) from error
+    check_report(report, str(path))
+    return model
 
 
 def unreadable(where: str, error: BaseException) -> ValueError:

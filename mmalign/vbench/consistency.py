@@ -6,6 +6,7 @@ All functions let a gradient through to what they are given.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,8 @@ __all__ = ["MAX_WEIGHT", "MEAN_WEIGHT", "MIN_WEIGHT", "consistency", "flicker", 
 MAX_WEIGHT, MEAN_WEIGHT, MIN_WEIGHT = 0.4, 0.3, 0.3
 """Of `resemblance`: the best match with the input image, the mean and the least of the matches of neighbours."""
 
-CHUNK_BYTES = 1 << 26
-"""Of frames that `flicker` compares at once."""
+CHUNK_BYTES = 1 << 22
+"""Of frames that `flicker` compares at once: what stays in a processor's cache."""
 
 
 def pair_count(frames: int) -> int:
@@ -98,10 +99,17 @@ def flicker(frames: Tensor, device: torch.device | None = None) -> Tensor:
         part = part if device is None else part.to(device)
         one, other = part[:-1], part[1:]
         if frames.dtype == torch.uint8:
-            total = total + (torch.maximum(one, other) - torch.minimum(one, other)).sum(dtype=torch.int64)
+            total = total + _sum(torch.maximum(one, other).sub_(torch.minimum(one, other)))
         else:  # each pair by itself, so that no long sum loses digits
             total = total + (one - other).abs().flatten(1).mean(1).sum()
     assert isinstance(total, Tensor)
     if frames.dtype == torch.uint8:
         return total.double() / (pairs * frames[0].numel())
     return total * 255 / pairs
+
+
+def _sum(differences: Tensor) -> Tensor:
+    """Of uint8, in whole numbers; on a CPU by numpy, which is several times as fast as torch there."""
+    if differences.device.type == "cpu":
+        return torch.tensor(int(differences.numpy().sum(dtype=np.uint64)))
+    return differences.sum(dtype=torch.int64)
