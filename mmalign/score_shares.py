@@ -17,6 +17,7 @@ import av
 from mmalign.media import image_size
 from mmalign.score_plan import Item, Plan, Todo
 from mmalign.source import MediaError
+from mmalign.stills import frame_files
 from mmalign.video_container import open_clip, stream_of
 
 __all__ = ["PIXELS", "costs", "share_out"]
@@ -77,9 +78,9 @@ def _image_size(path: str) -> float:
     return float(width * height)
 
 
-def _folder_size(folder: str) -> float | None:
-    frames = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    return _image_size(frames[0]) * len(frames) if frames else None
+def _folder_size(folder: str) -> float:
+    frames = frame_files(folder)
+    return _image_size(str(frames[0])) * len(frames)
 
 
 def _clip_size(path: str) -> float:
@@ -91,7 +92,8 @@ def _clip_size(path: str) -> float:
                 seconds = container.duration / av.time_base
             rate = stream.average_rate or stream.guessed_rate
             frames = stream.frames or (seconds * float(rate) if seconds and rate else 0)
-            pixels = stream.codec_context.width * stream.codec_context.height
+            context = stream.codec_context  # None where the codec is not known here
+            pixels = context.width * context.height if context is not None else 0
     except MediaError:
         frames = pixels = 0
     return float(frames * pixels) or os.path.getsize(path) * PIXELS

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from mmalign.cli import app
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
 from mmalign.jobs_vbench import VBench
-from mmalign.media import read_video, write_video
+from mmalign.media import read_video, write_image, write_video
 from mmalign.report import build
 from mmalign.results import read_results
 from mmalign.score import plan_for, run
@@ -450,3 +450,15 @@ def test_equal_costs_go_round_and_what_cannot_be_read_costs_nothing(tmp_path: Pa
     found = costs(plan, to_do(plan, set()))
     assert found[0] == found[1] == 2 * 4 * 32 * 32 and found[4] == 2.0
     assert found[3] == 2 * 1400 * 100, "by its bytes, where there is no header"
+
+
+def test_folders_of_frames_cost_their_pixels(tmp_path: Path) -> None:
+    for name, number in (("long", 9), ("short", 3), ("empty", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "about.txt").write_text("x")
+        for frame in range(number):
+            write_image(tmp_path / name / f"{frame}.png", np.zeros((20, 30, 3), np.uint8))
+    lines = [json.dumps({"media": name, "modality": "video"}) for name in ("long", "short", "empty")]
+    (tmp_path / "table.jsonl").write_text("\n".join(lines))
+    plan = plan_for(config(tmp_path / "table.jsonl", tmp_path / "out", batch_size=16))
+    assert costs(plan, to_do(plan, set())) == [2 * 9 * 600, 2 * 3 * 600, 2.0]
