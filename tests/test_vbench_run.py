@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from plugin_package import install
 from typer.testing import CliRunner
 
@@ -239,6 +240,26 @@ def test_folders_of_frames_and_pictures_beside_clips(home: Path, tmp_path: Path)
     shutil.rmtree(clips / "walk")
     with pytest.raises(ValueError, match=r"holds no clip; it holds 1 pictures, such as 'preview\.png'"):
         find(clips, VBench(), [])
+
+
+def test_clips_of_every_form_are_scored(tmp_path: Path) -> None:
+    """A folder of frames and a GIF as any clip; one picture is one frame, which has no pair to compare."""
+    clips = tmp_path / "clips"
+    frames = np.random.default_rng(0).integers(0, 255, (5, 24, 32, 3), dtype=np.uint8)
+    for number, frame in enumerate(frames):
+        write_image(clips / "a cat-0" / f"{number}.png", frame)
+    grey = np.repeat(frames.mean(-1, keepdims=True).astype(np.uint8) // 16 * 16, 3, axis=-1)
+    pictures = [Image.fromarray(frame) for frame in grey]
+    pictures[0].save(clips / "a cat-1.gif", save_all=True, append_images=pictures[1:], duration=125)
+    write_image(clips / "a cat-2.png", frames[0])
+    (tmp_path / "suite.json").write_text(json.dumps([{"prompt_en": "a cat", "dimension": ["temporal_flickering"]}]))
+    block = {"suite": tmp_path / "suite.json", "samples": 3, "on_error": "skip"}
+    folder = run(config(clips, tmp_path / "out", block=block))
+    scores = {row["sample"]: row["score"] for row in read_results(folder).rows}
+    for sample, held in (("a cat-0", frames), ("a cat-1", grey)):
+        assert scores[sample] == pytest.approx((255 - np.abs(np.diff(held.astype(float), axis=0)).mean()) / 255)
+    (dimension,) = read_record(folder).dimensions
+    assert (dimension.n, dimension.failed, dimension.missing) == (2, 1, 0) and scores["a cat-2"] is None
 
 
 def test_a_category_by_its_prompts(home: Path, tmp_path: Path) -> None:
