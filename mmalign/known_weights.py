@@ -22,9 +22,9 @@ class Checkpoint:
         keys: layout of the state dict, as the reader of that kind of network names it: ``open_clip`` or ``hf_clip``
             (either is read for a CLIP), ``long_clip`` (open_clip's with ``positional_embedding_res``), ``mps``
             (``model.*`` and ``cross_model.*``), ``linear``, ``mlp5``, ``mlp5_relu``, ``image_reward``,
-            ``mask2former``, ``musiq``, ``amt``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and so on; ``config``,
-            ``text`` and ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that
-            library.
+            ``mask2former``, ``viclip``, ``umt``, ``musiq``, ``amt``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and
+            so on; ``config``, ``text`` and ``wordpiece`` where the file is no weights; ``transformers`` for a whole
+            folder of that library.
         sha256: digest of the authors' file; None where it has not been checked against a copy.
         also: further files of the repository that scoring reads, such as a config or a tokeniser; ``*`` stands for
             any characters.
@@ -59,6 +59,7 @@ HEAD = "mmalign.backbones.heads:check_fits"
 DINO = "mmalign.backbones.dino:check_fits"
 MASK2FORMER = "mmalign.backbones.mask2former:check_fits"
 VLM = "mmalign.backbones.vlm_fits"
+RAFT = "mmalign.backbones.raft:check_fits"
 OPENAI = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 FOLDER = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # a transformers folder without its copies
 
@@ -324,5 +325,54 @@ KNOWN: dict[str, Checkpoint] = {
         "multi_tap",
         also=FOLDER,
         fits=(f"{VLM}:check_multi_tap", "qwen2-vl-2b", "qwen2-vl-2b-config"),
+    ),
+    # What dimensions of VBench run.
+    "viclip-internvid-10m-flt": Checkpoint(
+        ("ViClip-InternVid-10M-FLT.pth", "ViClip-InternVid-10M-FLT.safetensors", "model.safetensors"),
+        "OpenGVLab/ViCLIP",
+        "MIT",
+        "viclip",
+        pickled=True,
+        fits=("mmalign.backbones.viclip:check_fits",),
+    ),
+    "umt-l16-k400": Checkpoint(
+        ("l16_ptk710_ftk710_ftk400_f16_res224.pth", "l16_ptk710_ftk710_ftk400_f16_res224.safetensors"),
+        "OpenGVLab/VBench_Used_Models",
+        UNREAD,
+        "umt",
+        fits=("mmalign.backbones.umt:check_fits",),
+    ),
+    "blip2-itm-vit-g": Checkpoint(
+        ("config.json",),
+        "Salesforce/blip2-itm-vit-g",
+        "BSD-3-Clause (LAVIS' code; the terms of the weights were not read)",
+        "transformers",
+        also=FOLDER,
+        fits=("mmalign.backbones.blip2:check_fits",),
+    ),
+    "sd-safety-checker": Checkpoint(
+        ("config.json",),
+        "CompVis/stable-diffusion-safety-checker",
+        "Apache-2.0 (diffusers' code; the terms of the weights were not read)",
+        "transformers",
+        also=FOLDER,
+        fits=("mmalign.backbones.safety:check_fits",),
+    ),
+    # Optical flow, for VBench's dynamic_degree and static filter; see docs/scorers/dynamic_degree.md.
+    "raft-things": Checkpoint(
+        ("raft-things.pth", "raft-things.safetensors"),
+        "https://github.com/princeton-vl/RAFT",
+        "BSD-3-Clause (code; none is stated for the weights)",
+        "raft",
+        fits=(RAFT,),
+        by_hand="Run download_models.sh of https://github.com/princeton-vl/RAFT, which gives models/raft-things.pth",
+    ),
+    "raft-large-torchvision": Checkpoint(
+        ("raft_large_C_T_V1-22a6c225.pth", "raft_large_C_T_V1.safetensors"),
+        "https://github.com/pytorch/vision",
+        "BSD-3-Clause (code; none is stated for the weights)",
+        "raft",
+        fits=(RAFT,),
+        by_hand="Download the file that torchvision's Raft_Large_Weights.C_T_V1.url names",
     ),
 }

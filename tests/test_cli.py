@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,11 +212,13 @@ class TestListing:
             assert "error" not in row and row["licence"] and row["source"] and row["modality"], row
             assert isinstance(row["differentiable"], bool) and row["version"] >= 1, name
             if name not in {"shapes_truth", "shapes_motion", "shapes_place"}:
-                base = name.partition("@")[0]  # what stands for another's dimension has its page, or is named on it
-                assert (ROOT / "docs" / "scorers" / f"{base}.md").is_file(), f"{name} has no page"
-                assert f"[{name}](scorers/{base}.md" in page, f"docs/evaluators.md does not lead to {name}'s page"
+                led = re.search(rf"\[{re.escape(name)}\]\(scorers/([\w@]+\.md)", page)  # some share a page
+                assert led, f"docs/evaluators.md does not lead to {name}'s page"
+                assert name in (ROOT / "docs" / "scorers" / led[1]).read_text(encoding="utf-8"), f"{name} has no page"
             expected = name in {"aesthetic", "clip_score", "fitted_reward", "hps", "hpsv3", "image_reward", "mps"} | {
-                "pickscore", "social_reward", "vlm_reward", "imaging_quality", "motion_smoothness"}  # fmt: skip
+                "pickscore", "social_reward", "vlm_reward", "imaging_quality", "motion_smoothness", "temporal_style",
+                "overall_consistency", "temporal_flickering", "subject_consistency", "background_consistency",
+                "aesthetic_quality"}  # fmt: skip
             assert row["differentiable"] == expected, f"{name}: its contract test follows a gradient to the pixels"
             assert ("video" in row["modality"]) <= ("frames" in row["needs"]), name
         assert {"v1", "v2"} <= set(rows["aesthetic"]["params"]["head"]["enum"])

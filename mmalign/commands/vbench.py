@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mmalign.commands.vbench_check import check, crop
+from mmalign.commands.vbench_static import static_filter
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +29,7 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode="rich",
         help="VBench beside `mmalign score`: are the clips there, totals of results files, agreement with people.",
     )
-    for verb in (check, crop, total, agreement):
+    for verb in (check, crop, static_filter, total, agreement):
         group.command()(verb)
     app.add_typer(group, name="vbench", rich_help_panel="Results")
 
