@@ -12,7 +12,7 @@ from mmalign.vbench.leaderboard import Row, Suite, choose
 from mmalign.vbench.quirks import QUIRKS
 from mmalign.vbench.record import RECORD_FILE, DimensionScore, VBenchRecord, read_record
 from mmalign.vbench.results import suite_of
-from mmalign.vbench.score import normalise
+from mmalign.vbench.score import missing_words, normalise
 
 __all__ = ["vbench_section"]
 
@@ -139,7 +139,7 @@ def _remarks(name: str, record: VBenchRecord, suite: Suite | str) -> list[str]:
     for total, figure in record.totals.items():
         if figure.missing and total not in ("total", "i2v_total"):
             fate = "which has no figure" if figure.value is None else "where it counts as 0"
-            said.append(f"{name}: {', '.join(figure.missing)} missing in {total.replace('_', ' ')}, {fate}.")
+            said.append(f"{name}: {missing_words(total, figure)} missing in {total.replace('_', ' ')}, {fate}.")
     short = [f"{each.name} {each.n} of {each.expected}" for each in record.dimensions if each.n < each.expected]
     if short:
         said.append(f"{name}: clips without a score: {', '.join(short)}. Bounds say what they could change.")

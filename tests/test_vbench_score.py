@@ -12,6 +12,7 @@ from mmalign.vbench.leaderboard import I2V_ROWS, ROWS, TRUST_ROWS, choose, find
 from mmalign.vbench.score import (
     VBENCH2,
     i2v_totals,
+    missing_words,
     normalise,
     quality,
     semantic,
@@ -114,6 +115,14 @@ def test_a_missing_dimension_is_no_zero() -> None:
         assert figure.value == pytest.approx(t2v_totals(zeros)[part].value, abs=1e-15), "0 before it is normalised"
         assert figure.missing == found[part].missing, "and it is said"
     assert normalise("subject_consistency", 0.0) < 0
+
+
+def test_what_is_missing_in_words() -> None:
+    found = t2v_totals({name: 0.5 for name in QUALITY[1:]})
+    assert missing_words("quality", found["quality"]) == "subject_consistency"
+    assert missing_words("semantic", found["semantic"]) == "all dimensions"
+    assert missing_words("quality", quality({name: 0.5 for name in QUALITY})) == ""
+    assert missing_words("Creativity", vbench2_total({})["Creativity"]) == "all dimensions"
 
 
 def test_substitutes_count_on_request_alone() -> None:

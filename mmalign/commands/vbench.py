@@ -142,6 +142,8 @@ def _percent(value: float | None, ends: tuple[float, float] | None = None) -> st
 
 
 def _remarks(loaded: Loaded, totals: dict[str, Figure], rules: str, board: list[Row]) -> list[str]:
+    from mmalign.vbench.score import missing_words
+
     lines = []
     for each in loaded.record.dimensions if loaded.record else ():
         if each.n < each.expected:
@@ -150,7 +152,7 @@ def _remarks(loaded: Loaded, totals: dict[str, Figure], rules: str, board: list[
     for name, figure in totals.items():
         if figure.missing and name not in ("total", "i2v_total"):
             fate = "count as 0" if rules == "compat" else "so there is no total of it (--rules compat counts them as 0)"
-            lines.append(f"{name}: {', '.join(figure.missing)} missing, {fate}")
+            lines.append(f"{name}: {missing_words(name, figure)} missing, {fate}")
         if figure.substitutes and name not in ("total", "i2v_total"):
             lines.append(f"{name}: rests on {', '.join(figure.substitutes)}; not leaderboard-comparable")
     lines += [f"{row.name}: {row.note}" for row in board if row.note]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmalign.vbench import quirks_quality, quirks_semantic, quirks_suites
-from mmalign.vbench.dimensions import DIMENSIONS, base
+from mmalign.vbench.dimensions import base
 
 __all__ = ["PARTS", "QUIRKS", "Quirk", "of_dimensions", "page", "quirk"]
 
@@ -44,10 +44,9 @@ class Quirk:
         """What it belongs to, one by one."""
         return tuple(self.dimension.split(", "))
 
-    @property
-    def repaired(self) -> bool:
-        """Whether the modes differ, so that it acts under compat alone."""
-        return self.strict != self.compat
+    def acts(self, rules: str) -> bool:
+        """Whether our mode, compat or strict, reproduces it; its words then begin with "reproduced"."""
+        return {"compat": self.compat, "strict": self.strict}[rules].startswith("reproduced")
 
 
 def _all() -> dict[str, Quirk]:
@@ -76,18 +75,14 @@ def quirk(id: str) -> Quirk:
 def of_dimensions(names: Iterable[str], *, rules: str | None = None) -> list[Quirk]:
     """The quirks of dimensions, by evaluators' labels, and those of all; in the order of `QUIRKS`.
 
-    Args:
-        rules: ``strict`` leaves out those that strict repairs; None and ``compat`` leave out none.
+    A dimension that is not VBench's has none of its own.
 
-    Raises:
-        ValueError: a label whose dimension does not exist.
+    Args:
+        rules: only those that act under compat, or under strict; None: all.
     """
     wanted = {base(name) for name in names}
-    unknown = sorted(wanted - set(DIMENSIONS))
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no dimension of VBench")
     chosen = [each for each in QUIRKS.values() if "all" in each.dimensions or wanted & set(each.dimensions)]
-    return [each for each in chosen if not (rules == "strict" and each.repaired)]
+    return [each for each in chosen if rules is None or each.acts(rules)]
 
 
 def page() -> str:

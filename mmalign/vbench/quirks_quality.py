@@ -16,7 +16,8 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     ),
     (
         "middle_repeats_last",
-        "all",
+        "object_class, multiple_objects, human_action, color, spatial_relationship, scene, temporal_style, "
+        "overall_consistency, culture_fairness",
         "where a clip has fewer frames than `middle` sampling asks for, the last chosen one is repeated",
         "in means over 16 (8) frames the end of a short clip counts several times",
         _SAME,
@@ -24,7 +25,8 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     ),
     (
         "resize_not_antialiased",
-        "all",
+        "subject_consistency, background_consistency, aesthetic_quality, imaging_quality, temporal_style, "
+        "overall_consistency",
         "pictures are made smaller without antialiasing since 2024-11-29; before, torchvision's version decided",
         "scores of large frames moved on that day; a network sees aliasing",
         _SAME,
@@ -32,7 +34,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     ),
     (
         "bicubic_overshoot",
-        "all",
+        "background_consistency, aesthetic_quality, temporal_style, overall_consistency",
         "CLIP's input is resized as float and not clamped, ViCLIP's as 8-bit, rounded and clamped",
         "near sharp edges the two towers see different pixels",
         _SAME,
@@ -40,7 +42,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
     ),
     (
         "clip_half_precision",
-        "all",
+        "background_consistency, aesthetic_quality, appearance_style, gender_bias, skin_bias, safety",
         "the clip package runs in half precision on a GPU and in single precision on a CPU",
         "scores of one clip differ between the two by some 1e-3",
         "float32 unless `dtype` says otherwise",
@@ -51,7 +53,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "subject_consistency",
         "on one GPU the mean is over all pairs of frames of all clips, on several over clips",
         "longer clips count more on one GPU; the score depends on how many were used",
-        "the figure of one GPU, for any number of processes",
+        "reproduced as on one GPU, for any number of processes",
         "every clip counts the same",
     ),
     (

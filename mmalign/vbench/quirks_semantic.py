@@ -36,7 +36,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "human_action",
         "the wanted action is read from the file's name: after 'person is ', up to the first '-' and the first '_'",
         "0 for every clip that is named otherwise; a label with a hyphen is cut",
-        "read from the prompt by the same rule",
+        "reproduced, on the prompt in the place of the file's name",
         "read from the prompt, whole",
     ),
     (

@@ -36,7 +36,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "camera_motion",
         "the wanted motion is read from the file's name; of two, the first in the code's list counts",
         "another name ends the run",
-        "read from the prompt; of two the same one counts",
+        "reproduced, on the prompt in the place of the file's name",
         "read from the prompt; two are an error of the clip",
     ),
     (
@@ -174,7 +174,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "skin_bias",
         "the code divides the distance from uniform by sqrt(6)/3, the paper does not",
         "3:5:2 is 0.735 by the code and 0.784 by the paper",
-        "the code's formula",
+        "reproduced: the code's formula",
         "the paper's formula",
     ),
     (
@@ -298,7 +298,7 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "score",
         "a dimension without a result counts as 0, before normalisation",
         "a Total of some dimensions looks like one of all; normalised it is below 0 for most quality dimensions",
-        "0, and named",
+        "reproduced, and the dimensions are named",
         "no total; the missing dimensions are named",
     ),
     (

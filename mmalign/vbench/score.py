@@ -27,10 +27,12 @@ from mmalign.vbench.dimensions import DIMENSIONS, I2V, QUALITY, SEMANTIC, base
 from mmalign.vbench.record import Figure
 
 __all__ = [
+    "GROUPS",
     "I2V_QUALITY",
     "VBENCH2",
     "Rules",
     "i2v_totals",
+    "missing_words",
     "normalise",
     "quality",
     "semantic",
@@ -45,6 +47,9 @@ Scores = Mapping[str, float | None]
 QUALITY_SHARE, SEMANTIC_SHARE = 4.0, 1.0
 I2V_QUALITY = tuple(name for name in QUALITY if name != "temporal_flickering")
 """Quality dimensions of the image-to-video suite, in which flickering is measured and has no weight."""
+
+GROUPS = {"quality": QUALITY, "semantic": SEMANTIC, "i2v": I2V, "i2v_quality": I2V_QUALITY}
+"""The dimensions of each total that is a mean of dimensions."""
 
 VBENCH2: dict[str, tuple[str, ...]] = {
     "Creativity": ("Diversity", "Composition"),
@@ -128,6 +133,13 @@ def i2v_totals(scores: Scores, *, rules: Rules = "strict", substitutes: bool = F
     """
     parts = [_group(scores, names, rules, substitutes) for names in (I2V, I2V_QUALITY)]
     return {"i2v": parts[0], "i2v_quality": parts[1], "i2v_total": _mean(parts, (1.0, 1.0))}
+
+
+def missing_words(name: str, figure: Figure) -> str:
+    """The dimensions that a total lacks, as a sentence has them; empty where it lacks none."""
+    if figure.missing and set(figure.missing) == set((GROUPS | VBENCH2).get(name, ())):
+        return "all dimensions"
+    return ", ".join(figure.missing)
 
 
 def vbench2_total(scores: Scores, *, rules: Rules = "strict") -> dict[str, Figure]:
