@@ -28,7 +28,7 @@ class HumanAction(Evaluator):
     modality = frozenset({"video"})
     frames = Middle(16)
     score_range = (0.0, 1.0)
-    licence = "MIT (code; the terms of the weights were not read)"
+    licence = "MIT (weights, as the card of OpenGVLab/UMT says)"
     source = "VBench, 2311.17982; UMT, 2303.16058"
 
     class Params(Strict):

@@ -338,7 +338,7 @@ KNOWN: dict[str, Checkpoint] = {
     "umt-l16-k400": Checkpoint(
         ("l16_ptk710_ftk710_ftk400_f16_res224.pth", "l16_ptk710_ftk710_ftk400_f16_res224.safetensors"),
         "OpenGVLab/VBench_Used_Models",
-        UNREAD,
+        "MIT (the card of OpenGVLab/UMT; this repository's was not read)",
         "umt",
         fits=("mmalign.backbones.umt:check_fits",),
     ),

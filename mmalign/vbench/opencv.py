@@ -25,8 +25,8 @@ def resize_bilinear(images: Tensor, height: int, width: int) -> Tensor:
     old_height, old_width = images.shape[-2:]
     if (old_height, old_width) == (height, width):
         return images
-    whole = images.to(torch.int32)
     if (old_height, old_width) == (2 * height, 2 * width):
+        whole = images.to(torch.int32)
         total = whole[..., 0::2, 0::2] + whole[..., 0::2, 1::2] + whole[..., 1::2, 0::2] + whole[..., 1::2, 1::2]
         return ((total + 2) >> 2).to(torch.uint8)
     # Rows that no pixel of the result needs are not widened.
@@ -37,9 +37,9 @@ def resize_bilinear(images: Tensor, height: int, width: int) -> Tensor:
     column_weights = np.where(outside[:, None], np.array([ONE, 0]), column_weights)
     left, right = (_index(columns + step, old_width, images) for step in (0, 1))
     needed, places = np.unique(np.stack([rows, rows + 1]).clip(0, old_height - 1), return_inverse=True)
-    whole = whole[..., torch.from_numpy(needed).to(images.device), :]
+    images = images[..., torch.from_numpy(needed).to(images.device), :]
     first, second = (_tensor(weights, images) for weights in column_weights.T)
-    wide = (whole[..., left] * first + whole[..., right] * second) >> 4
+    wide = (images[..., left].to(torch.int32) * first + images[..., right].to(torch.int32) * second) >> 4
     upper, lower = (torch.from_numpy(place).to(images.device) for place in places.reshape(2, -1))
     above, below = (_tensor(weights, images)[:, None] for weights in row_weights.T)
     total = ((wide[..., upper, :] * above) >> 16) + ((wide[..., lower, :] * below) >> 16)
