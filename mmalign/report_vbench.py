@@ -22,7 +22,8 @@ def vbench_section(models: Sequence[dict[str, Any]], against: Sequence[str] | No
 
     Args:
         models: `name`, `colour` and `results` of each, as the report has them.
-        against: rows of the board to set beside; None: the three best and the nearest to the first record.
+        against: rows of the board to set beside; None: those of the first run's config (`vbench.against`), or the three
+            best and the nearest to it.
 
     Returns:
         None where no folder holds one.
@@ -41,7 +42,8 @@ def vbench_section(models: Sequence[dict[str, Any]], against: Sequence[str] | No
         return None
     labels = _labels([record for _, record in found])
     suite = suite_of(labels)
-    board = choose(_exact(found[0][1]), suite, against) if suite != "vbench2" else []
+    asked = against if against is not None else _asked(found[0][0])
+    board = choose(_exact(found[0][1]), suite, asked) if suite != "vbench2" else []
     return {
         "models": [{"name": model["name"], "colour": model["colour"]} for model, _ in found],
         "board": board,
@@ -53,6 +55,14 @@ def vbench_section(models: Sequence[dict[str, Any]], against: Sequence[str] | No
         "quirks": [_quirk(name) for name in dict.fromkeys(q for _, record in found for q in record.quirks)],
         "facts": [(model["name"], _facts(record)) for model, record in found],
     }
+
+
+def _asked(model: dict[str, Any]) -> list[str] | None:
+    """The rows that the run's own config names, `vbench.against`."""
+    block: Any = model["results"].run
+    for key in ("config", "vbench", "against"):
+        block = block.get(key) if isinstance(block, dict) else None
+    return [str(name) for name in block] if isinstance(block, list) and block else None
 
 
 def _labels(records: Sequence[VBenchRecord]) -> list[str]:

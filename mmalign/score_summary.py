@@ -42,11 +42,12 @@ def summarise(table: pa.Table, jobs: Sequence[Job], seed: int = 0) -> dict[str, 
     return {job.label: {**_identity(job), **_figures(_measures(rows[job.label], job), seed)} for job in jobs}
 
 
-def account(summary: Mapping[str, Any]) -> list[str]:
+def account(summary: Mapping[str, Any], means: bool = True) -> list[str]:
     """Lines for a person: of each evaluator how many items have a score, and why the others have none.
 
     Args:
         summary: what ``summary.json`` holds.
+        means: whether to say the means too.
     """
     lines: list[str] = []
     before: list[str] = []
@@ -54,7 +55,7 @@ def account(summary: Mapping[str, Any]) -> list[str]:
         total = entry["n_ok"] + entry["n_skipped"] + entry["n_error"]
         share = f"{math.floor(100 * entry['coverage'])} %" if total else "nothing"
         missed = [f"{entry[f'n_{kind}']} {word}" for kind, word in _MISSED if entry[f"n_{kind}"]]
-        mean = [f"mean {number(entry['mean'])}"] if entry.get("mean") is not None else []
+        mean = [f"mean {number(entry['mean'])}"] if means and entry.get("mean") is not None else []
         lines.append(", ".join([f"{label}: {entry['n_ok']} of {total} scored ({share})", *missed, *mean]))
         reasons = [f"  {count} x {shown(reason)}" for reason, count in entry["reasons"].items()]
         if entry["other_reasons"]:

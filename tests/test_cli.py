@@ -37,7 +37,7 @@ VERBS = ["quickstart", "train", "sample", "score", "compare", "report", "list", 
 VERBS += ["prefer", "prefer run", "prefer merge", "prefer audit", "bench reward"]
 VERBS += ["weights list", "weights fetch", "weights verify", "weights convert"]
 VERBS += ["config show", "config schema", "config check", "cache ls", "cache clear"]
-VERBS += ["vbench total", "vbench agreement", "new evaluator"]
+VERBS += ["vbench check", "vbench crop", "vbench total", "vbench agreement", "new evaluator"]
 SAMPLE = "model: {path: some/model}\nprompts: prompts.txt\noutput: out\n"
 
 
@@ -100,6 +100,9 @@ class TestJobs:
         assert (calls[2].table, calls[2].output, calls[2].batch_size) == (Path("t.parquet"), Path("o"), 2)
         assert calls[3].evaluators[0].params == {"version": "v2.1"}
         assert run("score", "t.jsonl", "-e", "hps", "--engine", "ray")[0] == 0 and calls[4].engine == "ray"
+        (tmp_path / "y.yaml").write_text(SCORE.replace("table:", "media:"))
+        assert run("score", "y.yaml", "--table", "other.jsonl")[0] == 0, "the option goes before either key"
+        assert (calls[5].table, calls[5].media) == (Path("other.jsonl"), None)
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -173,7 +176,9 @@ class TestConfigVerbs:
         (tmp_path / "x.yaml").write_text("output: out\n")
         code, _, err = run("config", "check", "x.yaml")
         assert code == 2 and "add --job with one of train, sample, score, prefer" in err
-        assert "table is missing" in run("config", "check", "x.yaml", "--job", "score")[2]
+        assert "evaluators is missing" in run("config", "check", "x.yaml", "--job", "score")[2]
+        (tmp_path / "y.yaml").write_text("output: out\nevaluators: [{name: hps}]\n")
+        assert "exactly one of table and media" in run("config", "check", "y.yaml", "--job", "score")[2]
 
 
 class TestListing:

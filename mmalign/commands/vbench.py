@@ -1,4 +1,4 @@
-"""The verbs around VBench: totals of results files, agreement with people."""
+"""The verbs around VBench: whether clips are there, totals of results files, agreement with people."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mmalign.commands.vbench_check import check, crop
 from mmalign.commands.vbench_static import static_filter
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(
         no_args_is_help=True,
         rich_markup_mode="rich",
-        help="VBench beside `mmalign score`: totals of results files, agreement with people.",
+        help="VBench beside `mmalign score`: are the clips there, totals of results files, agreement with people.",
     )
-    for verb in (total, agreement, static_filter):
+    for verb in (check, crop, static_filter, total, agreement):
         group.command()(verb)
     app.add_typer(group, name="vbench", rich_help_panel="Results")
 
