@@ -33,6 +33,7 @@ from mmalign.vbench.trust_mean import trust_mean, word_of
 __all__ = ["lines", "unscored", "write"]
 
 _BOOLEANS = {"dynamic_degree", "human_action"}
+_FLOAT32 = {"motion_smoothness", "dynamic_degree"}  # whose networks run in it whatever the config says
 _MOST = 3
 
 
@@ -61,7 +62,7 @@ def write(plan: Plan, config: ScoreConfig, table: pa.Table, libraries: Mapping[s
         else:  # a verdict has limits, where what is told beside it (speeds) has none
             limits = (0.0, 1.0) if name in _BOOLEANS else job.cls.bounds(job.params)
             mean = dimension_mean(name, clips, rules=block.rules, policy=block.on_error, limits=limits)
-        shown = _shown_label(label, block)
+        shown = _shown_label(label, block, config.dtype, bool(job.cls.backbone_specs(job.params)))
         means[shown] = mean
         dimensions.append(_dimension(shown, job, clips, mean, block, notes))
         kept = tuple(_clip(name, clip) for clip in clips if clip.value is not None or block.on_error == "zero")
@@ -177,12 +178,15 @@ def _filtered(
     return left
 
 
-def _shown_label(label: str, block: VBench) -> str:
-    """The label, which says so where strict takes another mean than the reference."""
-    known = DIMENSIONS.get(label)
-    other = known is not None and (known.counted_by is not None or known.group == "trust")
-    strict = block.rules == "strict" and other
-    return f"{label}[rules=strict]" if strict else label
+def _shown_label(label: str, block: VBench, dtype: str, network: bool) -> str:
+    """The label, which says so where the mean is not the reference's, or the network's precision is not."""
+    if label not in DIMENSIONS:
+        return label
+    dimension = DIMENSIONS[label]
+    changed = [f"dtype={dtype}"] if dtype != "float32" and network and label not in _FLOAT32 else []
+    if block.rules == "strict" and (dimension.counted_by is not None or dimension.group == "trust"):
+        changed.append("rules=strict")
+    return f"{label}[{', '.join(changed)}]" if changed else label
 
 
 def _dimension(

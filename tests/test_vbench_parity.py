@@ -333,3 +333,17 @@ def test_plain_and_shared_flow_agree(home: Path) -> None:
         lengths = flow[0].square().sum(0).sqrt().flatten()
         fastest = lengths.topk(int(len(lengths) * 0.05)).values.mean().item()
         assert fastest / limit == pytest.approx(speeds[start], rel=1e-4)
+
+
+def test_bfloat16_is_another_measure_and_has_another_name(home: Path, tmp_path: Path) -> None:
+    """Dimensions whose networks run in it are not the reference's, so that they are in no Quality."""
+    record = read_record(scored(home, tmp_path / "half", dtype="bfloat16"))
+    exact = [each.name for each in record.dimensions if each.kind == "exact"]
+    assert exact == ["temporal_flickering", "motion_smoothness", "dynamic_degree"]
+    others = {each.name for each in record.dimensions} - set(exact)
+    assert others == {f"{name}[dtype=bfloat16]" for name in NAMES if name not in exact}
+    assert record.totals["quality"].value is None
+    whole = read_record(scored(home, tmp_path / "whole", *exact))
+    assert [each.score for each in record.dimensions if each.kind == "exact"] == [
+        each.score for each in whole.dimensions
+    ]
