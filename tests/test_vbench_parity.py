@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,30 @@ def test_order_batches_and_what_is_scored_beside_change_nothing(home: Path, tmp_
     found = values_of(turned)
     assert len(found) == len(whole)
     assert sorted(found.values()) == pytest.approx(sorted(whole.values()), abs=2e-5)
+
+
+def test_two_processes_and_a_run_in_two_parts_change_nothing(home: Path, tmp_path: Path) -> None:
+    """All seven; the clips of the second part come later, when those of the first are settled."""
+    clip = {"clip_checkpoint": home / "clip", "model": str(home / "clip")}
+    params: dict[str, dict[str, Any]] = {name: {"checkpoint": home} for name in NAMES}
+    params["temporal_flickering"] = {}
+    params["background_consistency"] = {"checkpoint": home / "clip", "model": str(home / "clip")}
+    params["aesthetic_quality"] |= clip
+    evaluators = tuple(EvaluatorSpec(name=name, params=params[name]) for name in NAMES)
+
+    def scores(media: Path, output: str, **more: Any) -> dict[tuple[str, str, str], float]:
+        given = {"media": media, "device": "cpu", "batch_size": 16, "decode_workers": 1, **more}
+        return values_of(run(ScoreConfig(output=tmp_path / output, evaluators=evaluators, vbench=VBench(), **given)))
+
+    whole = scores(home / "clips", "one")
+    assert scores(home / "clips", "two", processes=2) == pytest.approx(whole, abs=2e-5)
+    later = tmp_path / "later"
+    later.mkdir()
+    for path in sorted((home / "clips").iterdir())[1:]:
+        shutil.copy(path, later)
+    first = scores(later, "parts")
+    assert len(first) == len(whole) * 2 / 3
+    assert scores(home / "clips", "parts", batch_size=512) == pytest.approx(whole, abs=2e-5)
 
 
 def test_plain_and_shared_flow_agree(home: Path) -> None:
