@@ -95,6 +95,10 @@ def test_of_slivers_the_square_alone_is_computed(size, monkeypatch):
     found = resize_crop(clip / 255, side, antialias=False)
     assert found.shape == (1, 3, side, side) and (found - expected).abs().max() < 2e-5
     assert max(each.numel() for each in made) <= 3 * side * side * 8
+    for larger in (clip, clip.mT):  # as for image-to-video: the shortest side to more than the square
+        expected = center_crop(resize(larger, [side + 32], InterpolationMode.BICUBIC, antialias=False), [side]) / 255
+        found = resize_crop(larger / 255, side, antialias=False, short=side + 32, overshoot=True)
+        assert (found - expected).abs().max() < 2e-5
 
 
 def test_background_consistency_is_that_of_float64(tmp_path):
