@@ -308,6 +308,22 @@ ROWS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "a dimension runs where its rows have what it needs, and is refused otherwise",
     ),
     (
+        "category_prefix",
+        "suite",
+        "mode vbench_category takes every file whose name begins with the prompt",
+        "'a cat' also gets the clips of 'a cat on a mat'",
+        "the exact name, {prompt}-{number}",
+        "the exact name, {prompt}-{number}",
+    ),
+    (
+        "custom_prompt_from_name",
+        "suite",
+        "custom mode takes the prompt from the file's name where no list of prompts is given",
+        "scores follow names",
+        "only where `vbench.prompts: names` says so",
+        "only where `vbench.prompts: names` says so",
+    ),
+    (
         "category_files_missing",
         "suite",
         "the category mode reads prompt files that the package does not have",
