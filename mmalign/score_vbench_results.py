@@ -26,7 +26,7 @@ from mmalign.vbench.dimensions import DIMENSIONS, I2V, base
 from mmalign.vbench.quirks import of_dimensions
 from mmalign.vbench.record import DimensionScore, Ends, VBenchRecord, write_record
 from mmalign.vbench.results import SUFFIX, Clip, DimensionResults, write_eval_results
-from mmalign.vbench.score import i2v_totals, normalise, t2v_totals
+from mmalign.vbench.score import GROUPS, i2v_totals, normalise, t2v_totals
 from mmalign.vbench.suite import read_suite
 
 __all__ = ["lines", "unscored", "write"]
@@ -86,9 +86,13 @@ def write(plan: Plan, config: ScoreConfig, table: pa.Table, libraries: Mapping[s
     return record
 
 
+_PARTS = {"total": ("quality", "semantic"), "i2v_total": ("i2v", "i2v_quality")}
+
+
 def lines(record: VBenchRecord) -> list[str]:
-    """A line per dimension and total, for a person."""
+    """A line per dimension, and per total of which some dimension was asked for; for a person."""
     found = []
+    asked = {base(each.name) for each in record.dimensions}
     for each in record.dimensions:
         score = "no score" if each.score is None else f"{100 * each.score:.2f}{_between(each.ci95)}"
         gone = [f"{number} {word}" for number, word in ((each.missing, "missing"), (each.failed, "failed")) if number]
@@ -98,6 +102,8 @@ def lines(record: VBenchRecord) -> list[str]:
         found += [f"  {note}" for note in each.notes]
     for name, figure in record.totals.items():
         if figure.value is None:
+            if any(asked.isdisjoint(GROUPS[group]) for group in _PARTS.get(name, (name,)) if group in GROUPS):
+                continue
             more = f" and {len(figure.missing) - _MOST} more" if len(figure.missing) > _MOST else ""
             found.append(f"{name}: none, without {', '.join(figure.missing[:_MOST])}{more}")
             continue

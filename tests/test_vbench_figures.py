@@ -120,7 +120,9 @@ def test_substitutes_stand_beside_unless_asked_in(tmp_path: Path) -> None:
     assert color.kind == "substitute" and color.normalised is None and color.score is not None
     assert record.totals["semantic"].value is None and record.totals["semantic"].missing == ("color",)
     assert list(json.loads((tmp_path / "run_further_results.json").read_text())) == ["color@other"]
-    assert "semantic: none, without color" in lines(record)
+    said = lines(record)
+    assert "semantic: none, without color" in said
+    assert not [line for line in said if line.startswith(("quality", "total"))], "nothing of quality was asked for"
     counted = Case(tmp_path, *labels, substitutes=True).write().totals["semantic"]
     assert counted.value is not None and counted.substitutes == ("color@other",) and counted.ci95 is not None
 
