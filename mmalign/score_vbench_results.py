@@ -55,7 +55,9 @@ def write(plan: Plan, config: ScoreConfig, table: pa.Table, libraries: Mapping[s
         notes: list[str] = []
         if name == FLICKERING:
             clips = _filtered(clips, scored, plan, block, notes)
-        limits = job.cls.bounds(job.params)
+        low, high = job.cls.bounds(job.params)
+        least, most = DIMENSIONS[name].limits
+        limits = (least if low is None else low, most if high is None else high)
         mean = dimension_mean(name, clips, rules=block.rules, policy=block.on_error, limits=limits)
         shown = _shown_label(label, block)
         means[shown] = mean
