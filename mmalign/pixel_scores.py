@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor
 
 from mmalign.evaluation import Batch, Evaluator, ItemErrors, Uniform, subscores
 
+_log = logging.getLogger(__name__)
+
 
 class PixelScorer:
     """One evaluator, on pixels in [0, 1]: pictures [B, 3, H, W] or clips [B, 3, F, H, W].
+
+    The first time that it cannot score some of them, the reason is logged.
 
     Args:
         label: what messages call it.
@@ -25,6 +30,7 @@ class PixelScorer:
     def __init__(self, evaluator: Evaluator, label: str, frames: int = 4, fps: float | None = None):
         self.evaluator, self.label, self._frames, self._fps = evaluator, label, frames, fps
         self.sign = 1.0 if evaluator.higher_is_better else -1.0
+        self._told = False
 
     @torch.no_grad()
     def named(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -56,7 +62,14 @@ class PixelScorer:
             named = subscores(partly.scores, len(clips), self.label)
             for values in named.values():
                 values[list(partly.errors)] = torch.nan
+            self._tell(len(clips), partly)
         return {name: values for name, values in named.items() if name not in self.evaluator.counts}
+
+    def _tell(self, count: int, partly: ItemErrors) -> None:
+        if not self._told:
+            reason = next(iter(partly.errors.values()))
+            _log.warning("%s has no score of %d of %d drawings: %s", self.label, len(partly.errors), count, reason)
+        self._told = True
 
     def tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Its (first) score with a gradient, [B]; of clips as in `named`. The evaluator has to be differentiable."""

@@ -127,6 +127,7 @@ class Bar:
     hollow: bool = False
 
 
+_LABEL = 26  # letters
 _SHAPES = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"))
 
 
@@ -166,7 +167,7 @@ def bars(rows: Sequence[Bar], description: str) -> str:
         for mark in row.marks:
             shape, colour = _SHAPES[mark.number % len(_SHAPES)][0], series_colour(mark_colour(mark.number))
             axes.plot(mark.value, place, shape, color=colour, markersize=5.5, markeredgecolor=INK, markeredgewidth=0.5)
-    axes.set_yticks(range(len(rows)), [printable(row.label) for row in rows])
+    axes.set_yticks(range(len(rows)), [_broken(printable(row.label)) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.axvline(0, color=GRID, linewidth=0.7)
     low, high = axes.get_xlim()
@@ -174,6 +175,12 @@ def bars(rows: Sequence[Bar], description: str) -> str:
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=GRID, linewidth=0.7)
     return _svg(figure, description)
+
+
+def _broken(label: str) -> str:
+    """A label in the room beside bars: parameters on a line of their own, and what is longer yet cut."""
+    lines = label.replace("[", "\n[", 1).split("\n") if len(label) > _LABEL else [label]
+    return "\n".join(line if len(line) <= _LABEL else f"{line[: _LABEL - 1]}…" for line in lines)
 
 
 def curve_colour(index: int) -> int:

@@ -160,13 +160,23 @@ def causes(rows: Iterable[dict[str, Any]]) -> list[tuple[str, int]]:
     The first line of each reason, without the name of its file. Reasons that differ in their numbers alone count as
     one, with `…` for the numbers.
     """
+    return [(reason, count) for reason, count, _ in causes_by_example(rows)]
+
+
+def causes_by_example(rows: Iterable[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    """As `causes`, with the sample of the first row that has this reason."""
     groups: dict[str, Counter[str]] = {}
+    first_of: dict[str, str] = {}
     for row in rows:
         reason = "the score is not a finite number" if row["status"] == "ok" else row.get("reason") or "no reason given"
         lines = reason.removeprefix(f"{shown(str(row['media']))}: ").splitlines()
         first = lines[0] if lines else "no reason given"
-        groups.setdefault(re.sub(r"\d[\d.,]*", "…", first), Counter())[first] += 1
-    counted = [(next(iter(said)) if len(said) == 1 else group, said.total()) for group, said in groups.items()]
+        group = re.sub(r"\d[\d.,]*", "…", first)
+        groups.setdefault(group, Counter())[first] += 1
+        first_of.setdefault(group, str(row.get("sample", "")))
+    counted = [
+        (next(iter(said)) if len(said) == 1 else group, said.total(), first_of[group]) for group, said in groups.items()
+    ]
     return sorted(counted, key=lambda each: -each[1])
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mmalign.score_media import media_hashes
 from mmalign.score_params import further_paths, label_of, params_text
 from mmalign.source import Source, well_formed
 from mmalign.tables import MediaRow
-from mmalign.weights import files_hash
+from mmalign.weights import all_missing, files_hash, how_to_get
 
 __all__ = ["VIDEO_SHARE", "Item", "Job", "Plan", "Todo", "digest", "make_jobs", "make_plan", "set_key", "to_do"]
 
@@ -150,10 +151,14 @@ def make_jobs(specs: Sequence[tuple[str, Mapping[str, Any]]], plugins: bool = Tr
     Raises:
         ValueError: unknown names or parameters, missing files, or two that would have the same label.
     """
+    named = [
+        (name, cls, parse_params(cls, name, values))
+        for name, values in specs
+        for cls in [evaluator_class(name, plugins)]
+    ]
+    _check_weights(named)
     jobs: list[Job] = []
-    for name, values in specs:
-        cls = evaluator_class(name, plugins)
-        params = parse_params(cls, name, values)
+    for name, cls, params in named:
         files = cls.weight_files(params)
         weight_hash = files_hash(files)
         label = label_of(name, params, files, weight_hash)
@@ -166,6 +171,22 @@ def make_jobs(specs: Sequence[tuple[str, Mapping[str, Any]]], plugins: bool = Tr
             )
         jobs.append(job)
     return tuple(jobs)
+
+
+def _check_weights(named: Sequence[tuple[str, type[Evaluator] | type[SetEvaluator], Strict]]) -> None:
+    """All files that are missing in one ValueError; where it is one alone, its own."""
+    missing = [(name, each) for name, cls, params in named for each in all_missing(partial(cls.weight_files, params))]
+    names = dict.fromkeys(each.known for _, each in missing)
+    if len(names) == 1:
+        raise missing[0][1]
+    if not missing:
+        return
+    lines = [f"{len(names)} files of weights are missing:"]
+    for known in names:
+        users = dict.fromkeys(name for name, each in missing if each.known == known)
+        found = next(each.found for _, each in missing if each.known == known)
+        lines.append(f"  {known} (for {', '.join(users)}): {found}")
+    raise ValueError("\n".join([*lines, *how_to_get(names)]))
 
 
 def make_plan(jobs: tuple[Job, ...], rows: Sequence[MediaRow], table: str | Path, batch_size: int, dtype: str) -> Plan:

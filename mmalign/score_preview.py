@@ -216,25 +216,30 @@ def show(found: Preview) -> None:
     """Print the preview as tables."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
-    console.print(f"{found.table}: {found.items} items -> {found.output}", highlight=False)
+    console.print(f"{found.table}: {found.items} items -> {found.output}", markup=False, highlight=False)
     for line in _sentences(found):
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}", markup=False, highlight=False)
     evaluators = Table("evaluator", "done", "to do", "why", "skipped", title="results", title_justify="left")
     for each in found.evaluators:
         name = f"{each.evaluator} (whole set)" if each.whole_set else each.evaluator
         to_do, skipped = sum(each.to_do.values()), sum(each.skipped.values())
         left_out = f"{skipped}: {_reasons(each.skipped)}" if skipped else ""
-        evaluators.add_row(name, str(each.done), str(to_do), _reasons(each.to_do), left_out)
+        cells = [name, str(each.done), str(to_do), _reasons(each.to_do), left_out]
+        evaluators.add_row(*(Text(cell) for cell in cells))
     console.print(evaluators)
     where = f", in each of {found.processes} processes" if found.processes > 1 else ""
     title = f"networks to load, once each{where}"
-    networks = Table("network", "for", "files", "on disk", f"in {found.dtype}", title=title, title_justify="left")
+    networks = Table(title=title, title_justify="left")
+    for heading in ("network", "for", "files", "on disk", f"in {found.dtype}"):
+        networks.add_column(heading, overflow="fold")
     for network in found.networks:
         disk = sum(network.files.values())
         memory = "unknown" if network.memory is None else _size(network.memory)
-        networks.add_row(network.name, "\n".join(network.evaluators), "\n".join(network.files), _size(disk), memory)
+        cells = [network.name, "\n".join(network.evaluators), "\n".join(network.files), _size(disk), memory]
+        networks.add_row(*(Text(cell) for cell in cells))
     if found.networks:
         console.print(networks)
 

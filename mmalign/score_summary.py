@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmalign.figures import number
-from mmalign.results import causes
+from mmalign.results import causes_by_example
 from mmalign.score_plan import Job
 from mmalign.source import shown
 from mmalign.stats import mean_ci
@@ -31,10 +31,10 @@ def summarise(table: pa.Table, jobs: Sequence[Job], seed: int = 0) -> dict[str, 
 
     Returns:
         label -> what the evaluator is, ``n_ok, n_skipped, n_error`` in items, ``coverage`` (the share of items with a
-        score), the most frequent reasons, the share of prompts that the text encoder saw only in part, and
-        ``mean, std, ci95``: at this level for a single score, under ``subscores`` for named ones. Where the table names
-        several models, ``by_model`` holds the same figures for each. ``counts`` names the sub-scores that only say how
-        much there was to measure; they have no figures.
+        score), the most frequent reasons with an example of each, the share of prompts that the text encoder saw only
+        in part, and ``mean, std, ci95``: at this level for a single score, under ``subscores`` for named ones. Where
+        the table names several models, ``by_model`` holds the same figures for each. ``counts`` names the sub-scores
+        that only say how much there was to measure; they have no figures.
     """
     rows: dict[str, list[dict[str, Any]]] = {job.label: [] for job in jobs}
     for row in table.to_pylist():
@@ -57,12 +57,18 @@ def account(summary: Mapping[str, Any], means: bool = True) -> list[str]:
         missed = [f"{entry[f'n_{kind}']} {word}" for kind, word in _MISSED if entry[f"n_{kind}"]]
         mean = [f"mean {number(entry['mean'])}"] if means and entry.get("mean") is not None else []
         lines.append(", ".join([f"{label}: {entry['n_ok']} of {total} scored ({share})", *missed, *mean]))
-        reasons = [f"  {count} x {shown(reason)}" for reason, count in entry["reasons"].items()]
+        examples = entry.get("examples", {})
+        reasons = [_reason(count, reason, examples.get(reason)) for reason, count in entry["reasons"].items()]
         if entry["other_reasons"]:
             reasons.append(f"  {entry['other_reasons']} for other reasons; parts/ has a row for each")
         lines += ["  for the same reasons"] if reasons and reasons == before else reasons
         before = reasons
     return lines
+
+
+def _reason(count: int, reason: str, example: str | None) -> str:
+    which = "" if example is None else f" ({'' if count == 1 else 'such as '}{shown(example)})"
+    return f"  {count} x {shown(reason)}{which}"
 
 
 def scored_nothing(summary: Mapping[str, Any]) -> bool:
@@ -101,15 +107,16 @@ def _figures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     names = list(dict.fromkeys(str(row["subscore"]) for row in rows))
     status = {row["sample"]: row["status"] for row in rows}
     cut = {row["sample"]: row["prompt_truncated"] for row in rows if row["prompt_truncated"] is not None}
-    reasons = causes(dict(row) for row in rows if row["status"] != "ok" and row["subscore"] == names[0])
+    reasons = causes_by_example(dict(row) for row in rows if row["status"] != "ok" and row["subscore"] == names[0])
     counts = Counter(status.values())
     result: dict[str, Any] = {
         "n_ok": counts["ok"],
         "n_skipped": counts["skipped"],
         "n_error": counts["error"],
         "coverage": counts["ok"] / len(status) if status else None,
-        "reasons": dict(reasons[:MOST_REASONS]),
-        "other_reasons": sum(count for _, count in reasons[MOST_REASONS:]),
+        "reasons": {reason: count for reason, count, _ in reasons[:MOST_REASONS]},
+        "examples": {reason: sample for reason, _, sample in reasons[:MOST_REASONS]},
+        "other_reasons": sum(count for _, count, _ in reasons[MOST_REASONS:]),
         "truncated_prompt_share": sum(cut.values()) / len(cut) if cut else None,
         "seconds_per_item": _mean([row["seconds"] for row in rows if row["seconds"] is not None]),
         "decoders": sorted({str(row["decoder"]) for row in rows}),

@@ -26,7 +26,7 @@ from mmalign.vbench.dimensions import DIMENSIONS, I2V, TRUST, base
 from mmalign.vbench.quirks import of_dimensions
 from mmalign.vbench.record import DimensionScore, Ends, VBenchRecord, write_record
 from mmalign.vbench.results import SUFFIX, Clip, DimensionResults, suite_of, write_eval_results
-from mmalign.vbench.score import i2v_totals, normalise, t2v_totals
+from mmalign.vbench.score import GROUPS, i2v_totals, normalise, t2v_totals
 from mmalign.vbench.suite import read_suite
 from mmalign.vbench.trust_mean import trust_mean, word_of
 
@@ -59,8 +59,10 @@ def write(plan: Plan, config: ScoreConfig, table: pa.Table, libraries: Mapping[s
             clips = _filtered(clips, scored, plan, block, notes)
         if name in TRUST:
             mean = trust_mean(name, clips, rules=block.rules, policy=block.on_error)
-        else:  # a verdict has limits, where what is told beside it (speeds) has none
-            limits = (0.0, 1.0) if name in _BOOLEANS else job.cls.bounds(job.params)
+        else:
+            low, high = job.cls.bounds(job.params)
+            least, most = DIMENSIONS[name].limits
+            limits = (least if low is None else low, most if high is None else high)
             mean = dimension_mean(name, clips, rules=block.rules, policy=block.on_error, limits=limits)
         shown = _shown_label(label, block, config.dtype, bool(job.cls.backbone_specs(job.params)))
         means[shown] = mean
@@ -93,9 +95,13 @@ def write(plan: Plan, config: ScoreConfig, table: pa.Table, libraries: Mapping[s
     return record
 
 
+_PARTS = {"total": ("quality", "semantic"), "i2v_total": ("i2v", "i2v_quality")}
+
+
 def lines(record: VBenchRecord) -> list[str]:
-    """A line per dimension and total, for a person."""
+    """A line per dimension, and per total of which some dimension was asked for; for a person."""
     found = []
+    asked = {base(each.name) for each in record.dimensions}
     for each in record.dimensions:
         score = "no score" if each.score is None else f"{100 * each.score:.2f}{_between(each.ci95)}"
         gone = [f"{number} {word}" for number, word in ((each.missing, "missing"), (each.failed, "failed")) if number]
@@ -105,6 +111,8 @@ def lines(record: VBenchRecord) -> list[str]:
         found += [f"  {note}" for note in each.notes]
     for name, figure in record.totals.items():
         if figure.value is None:
+            if any(asked.isdisjoint(GROUPS[group]) for group in _PARTS.get(name, (name,)) if group in GROUPS):
+                continue
             more = f" and {len(figure.missing) - _MOST} more" if len(figure.missing) > _MOST else ""
             found.append(f"{name}: none, without {', '.join(figure.missing[:_MOST])}{more}")
             continue

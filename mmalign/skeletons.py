@@ -35,7 +35,7 @@ class {cls}(Evaluator):
     class Params(Strict):
         """Attributes: darkest: brightness below which all frames count as black, from 0 to 1."""
 
-        darkest: float = 0.0  # set in a config under `params`, or by --params on the command line
+        darkest: float = 0.0  # set in a config under `params`
 
     def score(self, batch: Batch) -> torch.Tensor:
         """One score per clip, [B]. A score must not depend on the other clips; NaN means that it cannot be given."""

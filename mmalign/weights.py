@@ -9,7 +9,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from mmalign.weights_read import count_numbers, read_json, read_state_dict
 __all__ = [
     "RECORD",
     "REWARD_FILE",
+    "MissingWeights",
+    "all_missing",
     "check_scorer",
     "count_numbers",
     "fetched",
     "file_hash",
     "files_hash",
     "find_checkpoint",
+    "how_to_get",
     "known",
     "load_into",
     "read_record",
@@ -43,6 +47,52 @@ REWARD_FILE = "reward.json"
 SAFETENSORS, PICKLED = {".safetensors"}, {".pt", ".pth", ".bin", ".ckpt"}
 # Whose fitted folders hold tensors that are read as a checkpoint of these layouts.
 _FITTED = {**dict.fromkeys(("open_clip", "hf_clip", "long_clip"), "fitted_reward"), "image_reward": "image_reward"}
+
+
+class MissingWeights(ValueError):
+    """A published file that is not where it is looked for.
+
+    Attributes:
+        known: its key in `KNOWN`.
+        found: what is there instead.
+    """
+
+    def __init__(self, known: str, found: str, message: str):
+        super().__init__(message)
+        self.known, self.found = known, found
+
+
+# What `all_missing` has met; None where the first file that is missing ends the search.
+_MET: ContextVar[list[MissingWeights] | None] = ContextVar("missing weights", default=None)
+
+
+def all_missing(look: Callable[[], object]) -> list[MissingWeights]:
+    """Every file that `look` misses, by looking on with the name of the first file where none is.
+
+    Raises:
+        ValueError, OSError: of `look`, where nothing was missing before.
+    """
+    met: list[MissingWeights] = []
+    token = _MET.set(met)
+    try:
+        look()
+    except (ValueError, OSError):  # it wanted to read a file that is missing
+        if not met:
+            raise
+    finally:
+        _MET.reset(token)
+    return met
+
+
+def how_to_get(missing: Iterable[str]) -> list[str]:
+    """Sentences that say how to get these keys of `KNOWN` to where they are looked for: one command, then by hand."""
+    names = list(dict.fromkeys(missing))
+    offered = [name for name in names if not KNOWN[name].by_hand]
+    command = [f"Run `mmalign weights fetch {' '.join(offered)}`."] if offered else []
+    by_hand = [
+        f"{name}: {KNOWN[name].by_hand}, and put it into {fetched(name)}." for name in names if KNOWN[name].by_hand
+    ]
+    return command + by_hand
 
 
 def known(name: str) -> Checkpoint:
@@ -71,8 +121,8 @@ def find_checkpoint(path: str | Path | None, known: str, parameter: str = "check
         parameter: the setting's name, for the message.
 
     Raises:
-        ValueError: there is no such file, with the names looked for and where the file is published; or it is a scorer
-            that was fitted here for another evaluator, which is named.
+        MissingWeights: there is no such file, with the names looked for and where the file is published.
+        ValueError: it is a scorer that was fitted here for another evaluator, which is named.
     """
     entry = KNOWN[known]
     path = fetched(known) if path is None else paths.find(Path(path).expanduser())
@@ -92,7 +142,13 @@ def find_checkpoint(path: str | Path | None, known: str, parameter: str = "check
     name = f" The authors' name for it is {entry.files[0]}, of {entry.repo}." if entry.by_hand else ""
     own = None if entry.keys in NO_TENSORS else scorer_of(folder)
     fitted = f" What is there was fitted by `mmalign train`; it is scored by {own}." if own else ""
-    raise ValueError(f"{known} weights: {found}.{fitted} {how} and set `{parameter}` to the file or its folder.{name}")
+    message = f"{known} weights: {found}.{fitted} {how} and set `{parameter}` to the file or its folder.{name}"
+    missing = MissingWeights(known, found, message)
+    met = _MET.get()
+    if met is None:
+        raise missing
+    met.append(missing)
+    return folder / entry.files[0]
 
 
 def scorer_of(folder: str | Path) -> str | None:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from mmalign import score
 from mmalign.config import Strict
-from mmalign.evaluation import Backbones, Batch, Evaluator, ItemErrors, SetEvaluator, Uniform
+from mmalign.evaluation import (
+    Backbones,
+    Batch,
+    Evaluator,
+    ItemErrors,
+    Scores,
+    SetEvaluator,
+    Uniform,
+    score_ready,
+)
 from mmalign.guidance.rewards import (
     Costs,
     Rewards,
@@ -171,6 +180,25 @@ def test_what_cannot_be_scored_is_never_chosen() -> None:
     assert found.tolist() == [-math.inf, -math.inf, 2.0]
 
 
+class Refuses(Evaluator):
+    """Refuses all that is drawn, so that nobody sees the names of its sub-scores."""
+
+    licence = source = "test"
+
+    def score(self, batch: Batch) -> Scores:
+        def refused(place: int) -> None:
+            raise ValueError("too small")
+
+        return score_ready(len(batch), refused, lambda places, ready: {"mean": torch.zeros(len(places))})
+
+
+def test_why_nothing_has_a_score_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    rewards = _rewards((Refuses, 1.0, "mean"))
+    for _ in range(3):
+        assert rewards.scores(_pixels(2, 3, 8, 8), PROMPTS[:2]).tolist() == [-math.inf] * 2
+    assert [record.message for record in caplog.records] == ["Refuses has no score of 2 of 2 drawings: too small"]
+
+
 def test_clips_are_whole_for_those_who_take_clips_and_stills_for_others() -> None:
     pixels = _pixels(2, 3, 9, 8, 8)
     whole = (pixels * 255).round() / 255
@@ -256,7 +284,9 @@ class _Whole(SetEvaluator):
 def test_evaluators_that_cannot_judge_a_drawing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"There is no evaluator 'hpss'\. Did you mean 'hps'"):
         fitting([EvaluatorSpec(name="hpss")], "guidance.rewards")
-    with pytest.raises(ValueError, match=r"guidance\.rewards: geneval needs aux, which nothing that is being"):
+    with pytest.raises(
+        ValueError, match=r"guidance\.rewards: geneval needs aux, which nothing that is being.*mmalign score"
+    ):
         fitting([EvaluatorSpec(name="geneval")], "guidance.rewards")
     monkeypatch.setattr("mmalign.guidance.rewards.evaluator_class", lambda name: _Whole)
     with pytest.raises(ValueError, match=r"guidance\.held_out: whole scores whole sets"):

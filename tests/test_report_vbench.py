@@ -123,8 +123,12 @@ def test_the_drawing() -> None:
     rows = [
         Bar("scene", [(1, 0.5, (0.4, 0.6)), (2, 0.7, None)], [Mark(0, 1.2)]),
         Bar("a@b", [(1, 0.2, None)], hollow=True),
+        Bar("background_consistency[model=cad09670]", [(1, 0.2, None)], hollow=True),
+        Bar("x" * 40, [(1, 0.2, None)], hollow=True),
     ]
     svg = bars(rows, "scores & more")
     assert 'aria-label="scores &amp; more"' in svg and ">scene<" in svg and ">a@b<" in svg
+    assert ">background_consistency<" in svg and ">[model=cad09670]<" in svg, "cut by the edge on one line"
+    assert f">{'x' * 25}…<" in svg
     assert len(re.findall(r"fill: var\(--c1\)", svg)) == 1, "a hollow bar has an outline alone"
     assert "stroke: var(--c1)" in svg and svg == bars(rows, "scores & more"), "the same text every time"

@@ -19,6 +19,7 @@ from mmalign.results import read_results
 from mmalign.score import run
 from mmalign.score_plan import make_jobs
 from mmalign.score_store import SCHEMA, Store
+from mmalign.score_summary import account
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,8 @@ def test_every_failure_is_a_row_with_its_reason(tmp_path):
     entry = read(folder)["evaluators"]["words"]
     assert (entry["n_ok"], entry["n_skipped"], entry["n_error"]) == (2, 1, 4)
     assert any("exploded" in reason for reason in entry["reasons"])
+    assert entry["examples"][next(reason for reason in entry["reasons"] if "exploded" in reason)] == "s1"
+    assert any(line.endswith("the prompt exploded' (s1)") for line in account(read(folder))), "which item it is"
     assert rows["s4", "brightness", "score"]["status"] == "ok", (
         "an item that one evaluator skips is scored by the other"
     )

@@ -163,6 +163,7 @@ def test_the_verb_prints_tables_or_json(tmp_path, shared, monkeypatch, capsys):
     show(previewed(config(table, tmp_path / "out", *shared, processes=3)))
     shown = capsys.readouterr().out
     assert "networks to load, once each, in each of 3 processes" in shown and "KiB" in shown
+    assert "clip_score[model=" in shown, "what is in brackets is no style"
 
 
 # ------------------------------------------------------------------------------------------------ headers

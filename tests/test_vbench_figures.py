@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from mmalign.config import Strict
+from mmalign.discovery import evaluator_class, parse_params
 from mmalign.evaluation import Evaluator
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
 from mmalign.jobs_vbench import VBench
@@ -113,6 +114,20 @@ def test_all_dimensions_and_totals(tmp_path: Path) -> None:
     assert f"total: {100 * totals['total']:.2f} [" in text and not unscored(record)
 
 
+def test_what_a_clip_can_get_is_the_dimensions_where_sub_scores_have_other_limits(tmp_path: Path) -> None:
+    """dynamic_degree gives speeds too, which have no highest value; the verdict on a clip is 0 or 1 all the same."""
+    shipped = evaluator_class("dynamic_degree")
+    assert shipped.bounds(parse_params(shipped, "dynamic_degree", {})) == (0.0, None)
+    case = Case(tmp_path, "dynamic_degree", on_error="skip")
+    case.jobs[0].cls.score_range = (0.0, None)
+    lost = [row for row in case.rows if row["subscore"] == "score"][3]
+    kept = [value for sample, value, _ in case.values["dynamic_degree"] if sample != lost["sample"]]
+    lost["score"], lost["status"], lost["reason"], lost["media"] = None, "error", "broken", "x.mp4"
+    (found,) = case.write().dimensions
+    assert (found.score, found.n) == (pytest.approx(np.mean(kept)), 19)
+    assert found.bounds == pytest.approx((sum(kept) / 20, (sum(kept) + 1) / 20))
+
+
 def test_substitutes_stand_beside_unless_asked_in(tmp_path: Path) -> None:
     labels = [f"{name}@other" if name == "color" else name for name in SEMANTIC]
     record = Case(tmp_path, *labels).write()
@@ -120,7 +135,9 @@ def test_substitutes_stand_beside_unless_asked_in(tmp_path: Path) -> None:
     assert color.kind == "substitute" and color.normalised is None and color.score is not None
     assert record.totals["semantic"].value is None and record.totals["semantic"].missing == ("color",)
     assert list(json.loads((tmp_path / "run_further_results.json").read_text())) == ["color@other"]
-    assert "semantic: none, without color" in lines(record)
+    said = lines(record)
+    assert "semantic: none, without color" in said
+    assert not [line for line in said if line.startswith(("quality", "total"))], "nothing of quality was asked for"
     counted = Case(tmp_path, *labels, substitutes=True).write().totals["semantic"]
     assert counted.value is not None and counted.substitutes == ("color@other",) and counted.ci95 is not None
 

@@ -314,6 +314,7 @@ def test_totals_beside_the_board(verb: Verb, tmp_path: Path) -> None:
 def test_totals_say_what_is_missing(verb: Verb, tmp_path: Path) -> None:
     results = {name: DimensionResults(value) for name, value in ROWS["Kling"].scores.items()}
     results["color@clip"] = results.pop("color")
+    results["scene[rules=strict]"] = results["scene"]
     write_eval_results(results, tmp_path, "x")
     missing = tuple(
         DimensionScore(name, "exact", each.score, n=3, expected=5, ci95=(0.1, 0.9), bounds=(0.25, 0.75))
@@ -323,6 +324,7 @@ def test_totals_say_what_is_missing(verb: Verb, tmp_path: Path) -> None:
     write_record(a_record(dimensions=missing, totals={"quality": Figure(quality, ci95=(0.825, 0.845))}), tmp_path)
     out = verb("vbench", "total", tmp_path)[1]
     assert "[82.5, 84.5]" in out, "the record's interval of the same total"
+    assert "│ scene " in out and "│ [rules=strict] " in out, "what is in brackets is no style"
     assert "semantic: color missing, so there is no total of it" in out
     assert "scene: 3 of 5 clips have a score: between 25.00 and 75.00" in out and "[10.0, 90.0]" in out
     assert "color missing, count as 0" in verb("vbench", "total", tmp_path, "--rules", "compat")[1]

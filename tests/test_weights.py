@@ -11,7 +11,8 @@ from torch import nn
 
 from mmalign.discovery import load_evaluator
 from mmalign.known_weights import KNOWN, NO_TENSORS
-from mmalign.weights import file_hash, files_hash, find_checkpoint, load_into, read_state_dict
+from mmalign.score_plan import make_jobs
+from mmalign.weights import MissingWeights, file_hash, files_hash, find_checkpoint, load_into, read_state_dict
 
 
 class Trap:
@@ -170,3 +171,29 @@ def test_scorers_find_what_was_fetched_without_being_told(tmp_path, monkeypatch)
     there = load_evaluator("hps", {}, "cpu").score(batch)
     told = load_evaluator("hps", {"checkpoint": tmp_path / "elsewhere" / "hps-v2.1"}, "cpu").score(batch)
     assert torch.equal(here, there) and torch.equal(there, told)
+
+
+def test_all_files_that_are_missing_are_named_at_once(tmp_path, monkeypatch):
+    """Those of one evaluator that needs two as well, and one command for all that can be fetched."""
+    monkeypatch.setenv("MMALIGN_WEIGHTS", str(tmp_path))
+    names = ["subject_consistency", "i2v_subject", "temporal_flickering", "aesthetic_quality", "motion_smoothness"]
+    with pytest.raises(ValueError, match="4 files of weights are missing") as caught:
+        make_jobs([(name, {}) for name in names])
+    said = str(caught.value)
+    assert f"dino-vitb16 (for subject_consistency, i2v_subject): {tmp_path / 'dino-vitb16'} does not exist" in said
+    assert "`mmalign weights fetch dino-vitb16 aesthetic-v1 openai-clip-l14`" in said
+    assert f"amt-s: {KNOWN['amt-s'].by_hand}, and put it into {tmp_path / 'amt-s'}." in said
+    with pytest.raises(MissingWeights, match=r"^amt-s weights: .*set `checkpoint` to the file"):
+        make_jobs([("temporal_flickering", {}), ("motion_smoothness", {})])
+
+
+def test_what_else_is_wrong_is_said_before_and_beside_missing_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMALIGN_WEIGHTS", str(tmp_path))
+    with pytest.raises(ValueError, match="There is no evaluator 'motion_smothness'"):
+        make_jobs([("subject_consistency", {}), ("motion_smothness", {})])
+    folder = tmp_path / "rtdetr-v2-r50"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"backbone": "resnet50"}')
+    with pytest.raises(ValueError, match="names its backbone") as caught:
+        make_jobs([("object_class@rtdetr", {})])
+    assert not isinstance(caught.value, MissingWeights)

@@ -115,6 +115,7 @@ def _with_intervals(totals: dict[str, Figure], loaded: Loaded) -> dict[str, Figu
 
 def _table(loaded: Loaded, totals: dict[str, Figure], board: list[Row]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     from mmalign.vbench.dimensions import DIMENSIONS, base
 
@@ -127,11 +128,11 @@ def _table(loaded: Loaded, totals: dict[str, Figure], board: list[Row]) -> Table
     ends = {each.name: each.ci95 for each in loaded.record.dimensions} if loaded.record else {}
     for label in sorted(labels, key=lambda label: (order.get(base(label), len(order)), label)):
         value = _percent(loaded.scores.get(label), ends.get(label))
-        table.add_row(label, value, *(_percent(row.scores.get(label)) for row in board))
+        table.add_row(Text(label.replace("[", "\n[")), Text(value), *(_percent(row.scores.get(label)) for row in board))
     table.add_section()
     for name, figure in totals.items():
         value = _percent(figure.value, figure.ci95)
-        table.add_row(name, value, *(_percent(row.totals.get(name)) for row in board))
+        table.add_row(name, Text(value), *(_percent(row.totals.get(name)) for row in board))
     return table
 
 
@@ -208,12 +209,14 @@ def _named(text: str) -> tuple[str, str]:
 
 def _agreement_table(name: str, figures: dict[str, Any]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=name, title_justify="left")
+    table = Table(title=Text(name), title_justify="left")
     for column in ("win ratio, percent", "people", "scores"):
         table.add_column(column, justify="right" if column != "win ratio, percent" else "left")
     for model, sides in figures["models"].items():
-        table.add_row(model, *(_interval(sides[side], "share") for side in ("human", "metric")))
+        cells = [model, *(_interval(sides[side], "share") for side in ("human", "metric"))]
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 

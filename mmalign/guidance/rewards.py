@@ -137,6 +137,9 @@ class Rewards:
 def _pick(named: dict[str, Tensor], spec: RewardSpec, label: str) -> Tensor:
     name = spec.subscore or next(iter(named))
     if name not in named:
+        (values, *others) = named.values()
+        if not others and bool(values.isnan().all()):
+            return values  # where nothing has a score, sub-scores have no names
         raise ValueError(f"rewards: {label} gives {', '.join(named)}, not {name!r}; name one of these as subscore")
     return named[name]
 
@@ -159,7 +162,11 @@ def fitting(specs: Sequence[EvaluatorSpec], key: str) -> list[Job]:
             raise ValueError(f"{key}: {spec.name} scores whole sets; name an evaluator that scores single items")
         absent = sorted({"reference", "aux", "sample"} & set(cls.needs))
         if absent:
-            raise ValueError(f"{key}: {spec.name} needs {' and '.join(absent)}, which nothing that is being drawn has")
+            raise ValueError(
+                f"{key}: {spec.name} needs {' and '.join(absent)}, which nothing that is being drawn has. Score what "
+                "was drawn with `mmalign score` and a media table that has it, and name an evaluator here that reads "
+                "pixels and prompts alone"
+            )
     jobs = make_jobs([(spec.name, spec.params) for spec in unique])
     places = [next(k for k, other in enumerate(unique) if _same(spec, other)) for spec in specs]
     return [jobs[place] for place in places]

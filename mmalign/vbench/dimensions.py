@@ -26,6 +26,7 @@ class Dimension:
             frames or pairs); None: every clip counts the same.
         needs_count: the sub-score that has to be above 0 for a clip to be in the mean, where it counts as any other;
             None: every clip is. So the reference leaves clips out in which it saw no colour.
+        limits: lowest and highest score of a clip, where its evaluator has none since its sub-scores have others.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Dimension:
     divisor: float = 1.0
     counted_by: str | None = None
     needs_count: str | None = None
+    limits: tuple[float | None, float | None] = (None, None)
 
 
 _ALL = (
@@ -43,7 +45,7 @@ _ALL = (
     Dimension("background_consistency", "quality", 0.2615, counted_by="pairs"),
     Dimension("temporal_flickering", "quality", 0.6293),
     Dimension("motion_smoothness", "quality", 0.706, 0.9975),
-    Dimension("dynamic_degree", "quality", weight=0.5),
+    Dimension("dynamic_degree", "quality", weight=0.5, limits=(0.0, 1.0)),
     Dimension("aesthetic_quality", "quality"),
     Dimension("imaging_quality", "quality", divisor=100.0),
     Dimension("object_class", "semantic", counted_by="frames"),

@@ -49,7 +49,8 @@ def causes(held: Clips, prompts: Sequence[SuitePrompt], samples: int, left: Sequ
         short = Counter(len(held.numbers(text)) for text in texts if 0 < len(held.numbers(text)) < samples)
         none = [text for text in texts if not held.numbers(text)]
         if none:
-            found.append(f"{len(none)} prompts have no clip at all, such as {none[0]!r}; has sampling ended early?")
+            who = f"{len(none)} prompts have no clip at all, such as" if len(none) > 1 else "no clip at all is there of"
+            found.append(f"{who} {none[0]!r}; has sampling ended early?")
         if short:
             most = short.most_common(1)[0][0]
             found.append(f"{sum(short.values())} prompts have fewer than {samples} clips, mostly {most}; see samples")
