@@ -159,7 +159,7 @@ def test_the_verb_is_where_it_is_looked_for(tmp_path: Path, cli_run: Any) -> Non
     code, _, err = cli_run("score", str(yaml))
     assert code == 2 and f"run `mmalign bench reward {yaml}`" in err
     yaml.write_text("tabel: t.jsonl\noutput: b\nevaluators: [{name: hps}]\n")
-    assert "table is missing" in cli_run("config", "check", str(yaml))[2]  # still known for a score config
+    assert "Did you mean 'table'?" in cli_run("config", "check", str(yaml))[2]  # still known for a score config
 
 
 @pytest.mark.parametrize("name", BENCHMARK_NAMES)
