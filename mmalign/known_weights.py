@@ -59,6 +59,7 @@ HEAD = "mmalign.backbones.heads:check_fits"
 DINO = "mmalign.backbones.dino:check_fits"
 MASK2FORMER = "mmalign.backbones.mask2former:check_fits"
 VLM = "mmalign.backbones.vlm_fits"
+RAFT = "mmalign.backbones.raft:check_fits"
 OPENAI = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 FOLDER = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # a transformers folder without its copies
 
@@ -324,5 +325,22 @@ KNOWN: dict[str, Checkpoint] = {
         "multi_tap",
         also=FOLDER,
         fits=(f"{VLM}:check_multi_tap", "qwen2-vl-2b", "qwen2-vl-2b-config"),
+    ),
+    # Optical flow, for VBench's dynamic_degree and static filter; see docs/scorers/dynamic_degree.md.
+    "raft-things": Checkpoint(
+        ("raft-things.pth", "raft-things.safetensors"),
+        "https://github.com/princeton-vl/RAFT",
+        "BSD-3-Clause (code; none is stated for the weights)",
+        "raft",
+        fits=(RAFT,),
+        by_hand="Run download_models.sh of https://github.com/princeton-vl/RAFT, which gives models/raft-things.pth",
+    ),
+    "raft-large-torchvision": Checkpoint(
+        ("raft_large_C_T_V1-22a6c225.pth", "raft_large_C_T_V1.safetensors"),
+        "https://github.com/pytorch/vision",
+        "BSD-3-Clause (code; none is stated for the weights)",
+        "raft",
+        fits=(RAFT,),
+        by_hand="Download the file that torchvision's Raft_Large_Weights.C_T_V1.url names",
     ),
 }

@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
     | {"memory", "memory_autoencoder", "memory_estimate", "memory_show"}
     | {"optimise_prompt", "prefer", "prefer_pool", "prefer_summary", "routing", "audit", "audit_figures", "audit_table"}
     | {"reward_bench", "reward_scores", "reward_show"}
+    | {"static_filter"}
     | {
         "score_decode",
         "score_plan",
