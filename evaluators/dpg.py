@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from mmalign.backbones.vlm import VisionLanguageModel, load_vlm
 from mmalign.backbones.vlm_loading import vlm_files
-from mmalign.backbones.vlm_text import VlmParams
-from mmalign.evaluation import BackboneSpec, Batch, Evaluator, Scores, Words, score_ready
+from mmalign.backbones.vlm_yes_no import YesNoParams, alive, margins
+from mmalign.evaluation import BackboneSpec, Batch, Evaluator, Scores, score_ready
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 
@@ -32,7 +32,7 @@ class DPG(Evaluator):
     licence = "Apache-2.0; the model's own licence"
     source = "ELLA / DPG-Bench, 2403.05135; TencentQQGYLab/ELLA"
 
-    class Params(VlmParams):
+    class Params(YesNoParams):
         """Questions, the model that answers, and how pictures are cut.
 
         Attributes:
@@ -41,15 +41,12 @@ class DPG(Evaluator):
             answers: ``exact``: 1 where yes is likelier than no; ``soft``: ``p(yes) / (p(yes) + p(no))``. Either way a
                 parent counts as answered with no where yes is not likelier.
             pictures: how many of a 2x2 grid are scored, row by row from the top left; 1 is the whole image.
-            yes, no: the two answers.
         """
 
         questions: Path
         template: str = "{question} Answer yes or no."
         answers: Literal["exact", "soft"] = "exact"
         pictures: int = Field(1, ge=1, le=4)
-        yes: Words = "yes"
-        no: Words = "no"
 
         @field_validator("template")
         @classmethod
@@ -57,12 +54,6 @@ class DPG(Evaluator):
             if "{question}" not in value:
                 raise ValueError("needs {question}")
             return value
-
-        @model_validator(mode="after")
-        def _apart(self) -> "DPG.Params":
-            if self.yes.strip() == self.no.strip():
-                raise ValueError(f"yes and no are both '{self.yes}'; they have to be two answers")
-            return self
 
     def __init__(self, params: Params, backbones: Mapping[str, Any], device: torch.device):
         super().__init__(params, backbones, device)
@@ -80,7 +71,7 @@ class DPG(Evaluator):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
-        cut, words = self.params.pictures, [self.params.yes, self.params.no]
+        cut, words = self.params.pictures, self.params.answers_asked
         crops = [crop for clip in batch.clips() for crop in grid(clip, cut)]
         key = (id(self.vlm), "media") if cut == 1 else (id(self.vlm), "grid", cut)
         media = batch.shared(key, lambda: self.vlm.see(crops))
@@ -96,11 +87,10 @@ class DPG(Evaluator):
             asked = [item for item, _ in ready for _ in range(cut)]
             texts = [item for _, item in ready for _ in range(cut)]
             seen = [one for place in places for one in media[place * cut : (place + 1) * cut]]
-            tokens = self.vlm.log_likelihoods(seen, texts, [[words] * len(item) for item in texts], end="needed")
-            scores = []
-            for questions, item in zip(asked, tokens, strict=True):
-                margins = torch.stack([yes.sum() - no.sum() for yes, no in item])
-                scores.append(dependent_mean(questions, margins, soft=self.params.answers == "soft"))
+            scores = [
+                dependent_mean(questions, found, soft=self.params.answers == "soft")
+                for questions, found in zip(asked, margins(self.vlm, seen, texts, words), strict=True)
+            ]
             return torch.tensor(scores).reshape(-1, cut).mean(dim=1)
 
         return score_ready(len(batch), ask, read)
@@ -143,14 +133,11 @@ def dependent_mean(questions: Sequence[Proposition], margins: Tensor, soft: bool
         soft: ``p(yes) / (p(yes) + p(no))`` in place of 1 and 0.
     """
     passed = {one.number: float(margin) > 0 for one, margin in zip(questions, margins, strict=True)}
+    counted = alive(passed, {one.number: one.parents for one in questions})
     total = 0.0
     for one, margin in zip(questions, margins, strict=True):
-        if not all(passed[parent] for parent in one.parents):
-            passed[one.number] = False
-        elif soft:
-            total += float(margin.double().sigmoid())
-        else:
-            total += float(passed[one.number])
+        if counted[one.number]:
+            total += float(margin.double().sigmoid()) if soft else float(passed[one.number])
     return total / len(questions)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
 from mmalign.backbones.vlm import Media, VisionLanguageModel, load_vlm
 from mmalign.backbones.vlm_loading import model_folder, vlm_files
 from mmalign.backbones.vlm_text import VlmParams, fill
-from mmalign.evaluation import BackboneSpec, Batch, Evaluator, Scores, Uniform, Words, score_ready
+from mmalign.backbones.vlm_yes_no import YesNoParams, margins
+from mmalign.evaluation import BackboneSpec, Batch, Evaluator, Scores, Uniform, score_ready
 
 ALIGNMENT = 'Does this figure show "{prompt}"? Please answer yes or no.'
 
@@ -35,7 +35,7 @@ class VisionReward(Evaluator):
     licence = "Apache-2.0; the model's own licence"
     source = "VisionReward, 2412.21059; THUDM/VisionReward"
 
-    class Params(VlmParams):
+    class Params(YesNoParams):
         """The model, the checklist and its weights, in the authors' file layouts.
 
         Attributes:
@@ -47,7 +47,6 @@ class VisionReward(Evaluator):
                 authors' image version (theirs is of CLIP-FlanT5-XXL).
             answers: ``sign`` for 1 and -1; ``soft`` for ``(p(yes) - p(no)) / (p(yes) + p(no))``.
             reduce: ``sum``, or ``mean`` over the features before the intercept.
-            yes, no: the two answers.
             per_question: also each question's answer x as a sub-score, ``q00`` and so on, gates included.
         """
 
@@ -57,15 +56,7 @@ class VisionReward(Evaluator):
         alignment_model: Path | None = None
         answers: Literal["sign", "soft"] = "sign"
         reduce: Literal["sum", "mean"] = "sum"
-        yes: Words = "yes"
-        no: Words = "no"
         per_question: bool = False
-
-        @model_validator(mode="after")
-        def _apart(self) -> "VisionReward.Params":
-            if self.yes.strip() == self.no.strip():
-                raise ValueError(f"yes and no are both '{self.yes}'; they have to be two answers")
-            return self
 
     def __init__(self, params: Params, backbones: Mapping[str, Any], device: torch.device):
         super().__init__(params, backbones, device)
@@ -92,7 +83,7 @@ class VisionReward(Evaluator):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
-        clips, words = batch.clips(), [self.params.yes, self.params.no]
+        clips, words = batch.clips(), self.params.answers_asked
         media = batch.shared((id(self.vlm), "media"), lambda: self.vlm.see(clips))
         aligned = self._seen_by_aligner(batch)
 
@@ -109,11 +100,10 @@ class VisionReward(Evaluator):
         def read(places: Sequence[int], ready: Sequence[tuple[list[str], list[str]]]) -> Scores:
             texts = [item for item, _ in ready]
             seen = [media[place] for place in places]
-            tokens = self.vlm.log_likelihoods(seen, texts, [[words] * len(item) for item in texts], end="needed")
-            margins = torch.stack([torch.stack([yes.sum() - no.sum() for yes, no in item]) for item in tokens])
+            ahead = torch.stack(margins(self.vlm, seen, texts, words))
             # tanh(m / 2) is (p(yes) - p(no)) / (p(yes) + p(no)); equal likelihoods count as no, as any other word does.
             soft = self.params.answers == "soft"
-            answers = torch.tanh(margins / 2) if soft else torch.where(margins > 0, 1.0, -1.0)
+            answers = torch.tanh(ahead / 2) if soft else torch.where(ahead > 0, 1.0, -1.0)
             match = self._alignment([aligned[place] for place in places if aligned], [item for _, item in ready])
             scores = {"score": self.checklist.score(answers, match)}
             if self.params.per_question:

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from mmalign import __version__
-from mmalign.commands import bench, configs, inspect, jobs, prefer, results, vbench, weights
+from mmalign.commands import bench, configs, inspect, jobs, new, prefer, results, vbench, weights
 from mmalign.errors import Stopped, debugging, raised_by_us
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -32,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _group in (jobs, prefer, bench, results, vbench, inspect, weights, configs):
+for _group in (jobs, prefer, bench, results, vbench, inspect, new, weights, configs):
     _group.register(app)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import Strict, Words
-from mmalign.media import AllFrames, EveryFps, FramePlan, Middle, QwenFps, StrideFps, Uniform
+from mmalign.media import AllFrames, EveryFps, FramePlan, Middle, QwenFps, Starts, StrideFps, Uniform
 from mmalign.weights import find_checkpoint, load_into, read_state_dict
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "QwenFps",
     "Scores",
     "SetEvaluator",
+    "Starts",
     "Strict",
     "StrideFps",
     "Uniform",

@@ -17,6 +17,11 @@ def number(x: float | None, digits: int = 4) -> str:
     return f"{x:.{min(places, 8)}f}" if 1e-5 <= abs(x) < 1e7 else f"{x:.{digits - 1}e}"
 
 
+def percent(x: float | None) -> str:
+    """A share as per cent with two places, as leaderboards print it; an en dash where it is undefined."""
+    return f"{100 * x:.2f}" if x is not None and math.isfinite(x) else "–"  # noqa: RUF001
+
+
 _UNPRINTABLE = {code: 0xFFFD for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0xD800, 0xE000))}
 
 

@@ -123,6 +123,24 @@ class Middle:
 
 
 @dataclass(frozen=True)
+class Starts:
+    """The first frames of `n` equal stretches of the clip, so never its last; all frames of a clip of at most `n`.
+
+    So VBench++'s trustworthiness samples faces (gender_bias.py, at 16).
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"Starts takes at least 1 frame, got n={self.n}")
+
+    def indices(self, num_frames: int, fps: float) -> list[int]:
+        count = min(self.n, num_frames)
+        return [i * num_frames // count for i in range(count)]
+
+
+@dataclass(frozen=True)
 class StrideFps:
     """Every s-th frame from the first, where s is the clip's rate over `fps`, rounded half to even and at least 1.
 
@@ -265,7 +283,7 @@ def _linspace(end: int, steps: int) -> np.ndarray:
     return np.where(numbers < steps // 2, rising, falling)
 
 
-FramePlan = AllFrames | Uniform | Middle | EveryFps | StrideFps | QwenFps | CommonFps
+FramePlan = AllFrames | Uniform | Middle | Starts | EveryFps | StrideFps | QwenFps | CommonFps
 
 
 def picked(plan: FramePlan, timeline: Timeline) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from mmalign.jobs_guidance import Guidance
 from mmalign.jobs_inputs import Data, Model
 from mmalign.jobs_reward import REWARD_FAMILIES, Reward
 from mmalign.jobs_reward import check as check_reward
+from mmalign.jobs_vbench import VBench
 from mmalign.methods import LOSSES, Loss, Preference
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -334,6 +335,21 @@ class Scoring(Strict):
 class ScoreConfig(Scoring):
     """`mmalign score FILE`: score a media table."""
 
-    table: Path = Field(description="media table: JSONL, parquet, CSV, or a folder of media")
+    table: Path | None = Field(None, description="media table: JSONL, parquet, CSV, or a folder of media")
+    media: Path | None = Field(None, description="the same; in configs of VBench the folder of clips")
     output: Path = Field(description="results folder: parts/, summary.json")
     evaluators: tuple[EvaluatorSpec, ...] = Field(min_length=1)
+    vbench: VBench | None = Field(None, description="score dimensions of VBench and their totals (docs/vbench.md)")
+
+    @model_validator(mode="after")
+    def _sourced(self) -> ScoreConfig:
+        if (self.table is None) == (self.media is None):
+            raise ValueError("give exactly one of table and media: a media table, or a folder of media")
+        return self
+
+    @property
+    def source(self) -> Path:
+        """Where the media are listed: `table` or `media`."""
+        found = self.table or self.media
+        assert found is not None
+        return found

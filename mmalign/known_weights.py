@@ -22,9 +22,9 @@ class Checkpoint:
         keys: layout of the state dict, as the reader of that kind of network names it: ``open_clip`` or ``hf_clip``
             (either is read for a CLIP), ``long_clip`` (open_clip's with ``positional_embedding_res``), ``mps``
             (``model.*`` and ``cross_model.*``), ``linear``, ``mlp5``, ``mlp5_relu``, ``image_reward``,
-            ``mask2former``, ``musiq``, ``amt``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and so on; ``config``,
-            ``text`` and ``wordpiece`` where the file is no weights; ``transformers`` for a whole folder of that
-            library.
+            ``mask2former``, ``viclip``, ``umt``, ``musiq``, ``amt``, ``qwen2_vl``, ``qwen2_vl_lora``, ``multi_tap`` and
+            so on; ``config``, ``text`` and ``wordpiece`` where the file is no weights; ``transformers`` for a whole
+            folder of that library.
         sha256: digest of the authors' file; None where it has not been checked against a copy.
         also: further files of the repository that scoring reads, such as a config or a tokeniser; ``*`` stands for
             any characters.
@@ -325,6 +325,38 @@ KNOWN: dict[str, Checkpoint] = {
         "multi_tap",
         also=FOLDER,
         fits=(f"{VLM}:check_multi_tap", "qwen2-vl-2b", "qwen2-vl-2b-config"),
+    ),
+    # What dimensions of VBench run.
+    "viclip-internvid-10m-flt": Checkpoint(
+        ("ViClip-InternVid-10M-FLT.pth", "ViClip-InternVid-10M-FLT.safetensors", "model.safetensors"),
+        "OpenGVLab/ViCLIP",
+        "MIT",
+        "viclip",
+        pickled=True,
+        fits=("mmalign.backbones.viclip:check_fits",),
+    ),
+    "umt-l16-k400": Checkpoint(
+        ("l16_ptk710_ftk710_ftk400_f16_res224.pth", "l16_ptk710_ftk710_ftk400_f16_res224.safetensors"),
+        "OpenGVLab/VBench_Used_Models",
+        "MIT (the card of OpenGVLab/UMT; this repository's was not read)",
+        "umt",
+        fits=("mmalign.backbones.umt:check_fits",),
+    ),
+    "blip2-itm-vit-g": Checkpoint(
+        ("config.json",),
+        "Salesforce/blip2-itm-vit-g",
+        "BSD-3-Clause (LAVIS' code; the terms of the weights were not read)",
+        "transformers",
+        also=FOLDER,
+        fits=("mmalign.backbones.blip2:check_fits",),
+    ),
+    "sd-safety-checker": Checkpoint(
+        ("config.json",),
+        "CompVis/stable-diffusion-safety-checker",
+        "Apache-2.0 (diffusers' code; the terms of the weights were not read)",
+        "transformers",
+        also=FOLDER,
+        fits=("mmalign.backbones.safety:check_fits",),
     ),
     # Optical flow, for VBench's dynamic_degree and static filter; see docs/scorers/dynamic_degree.md.
     "raft-things": Checkpoint(

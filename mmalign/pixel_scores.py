@@ -51,12 +51,12 @@ class PixelScorer:
             aux=[{} for _ in clips],
         )  # fmt: skip
         try:
-            return subscores(self.evaluator.score(batch), len(clips), self.label)
+            named = subscores(self.evaluator.score(batch), len(clips), self.label)
         except ItemErrors as partly:
             named = subscores(partly.scores, len(clips), self.label)
             for values in named.values():
                 values[list(partly.errors)] = torch.nan
-            return named
+        return {name: values for name, values in named.items() if name not in self.evaluator.counts}
 
     def tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Its (first) score with a gradient, [B]; of clips as in `named`. The evaluator has to be differentiable."""

@@ -202,7 +202,8 @@ def resolve(specs: Sequence[RewardSpec], jobs: Sequence[Job], results: Results) 
     """
     rewards: list[Reward] = []
     for spec, job in zip(specs, jobs, strict=True):
-        names = sorted({str(row["subscore"]) for row in results.rows if row["evaluator"] == job.label and is_ok(row)})
+        given = {str(row["subscore"]) for row in results.rows if row["evaluator"] == job.label and is_ok(row)}
+        names = sorted(given - job.cls.counts)
         if not names:
             reason = next(row["reason"] for row in results.rows if row["evaluator"] == job.label)
             raise ValueError(f"{job.label} scored none of the pictures, so it cannot rank them: {reason}")

@@ -20,10 +20,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mmalign.compare import Comparison, PairBy, ScoreComparison, cluster, compare, pair_rows
-from mmalign.figures import number, p_value, printable, share_interval, signed_interval
+from mmalign.figures import number, p_value, percent, printable, share_interval, signed_interval
 from mmalign.report_media import Thumbnails, script
-from mmalign.report_plots import SERIES, histogram
+from mmalign.report_plots import SERIES, histogram, mark_sign
 from mmalign.report_run import training_section
+from mmalign.report_vbench import vbench_section
 from mmalign.results import Results, causes, distinct_names, flat, is_ok, read_results
 from mmalign.stats import mean_ci
 
@@ -40,6 +41,7 @@ def build(
     title: str | None = None,
     rank_by: Sequence[str] | None = None,
     per_gallery: int = 6,
+    vbench_against: Sequence[str] | None = None,
 ) -> Path:
     """Write the report.
 
@@ -53,6 +55,8 @@ def build(
         rank_by: labels of the scores (`hps`, `shapes_truth/colour`) by which pictures are chosen, the most important
             first. None: the first score of each of the first three evaluators.
         per_gallery: how many pictures or pairs a gallery shows; a page of 6 stays under 5 MB.
+        vbench_against: rows of VBench's board beside the dimensions of folders that hold a `vbench.json`. None: the
+            three best and the nearest.
 
     Returns:
         The path written.
@@ -77,6 +81,7 @@ def build(
         "title": title or (f"{names[-1]} against {names[0]}" if comparisons else f"Scores of {names[0]}"),
         "models": models,
         "comparisons": [_comparison_section(c, ranked[0]) for c in comparisons],
+        "vbench": vbench_section(models, vbench_against),
         "scores": _score_sections(models, directions),
         "pairs": [_pair_tabs(folders[0], r, c, ranked, thumbnails, per_gallery) for r, c in _zip(folders, comparisons)],
         "extremes": [_extreme_tab(models, label, directions[label], thumbnails, per_gallery) for label in ranked],
@@ -98,8 +103,10 @@ def _render(page: dict[str, Any]) -> str:
     environment.filters |= {
         "number": number,
         "p_value": p_value,
+        "percent": percent,
         "share": share_interval,
         "signed": signed_interval,
+        "sign": mark_sign,
         "svg": Markup,  # our own drawings, in which report_plots has escaped all text
     }
     template = files("mmalign").joinpath("report.html.j2").read_text(encoding="utf-8")

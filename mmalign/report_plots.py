@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -106,6 +107,73 @@ def curves(series: Mapping[str, tuple[np.ndarray, np.ndarray]], reference: float
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.02)
     return _svg(figure, "Training curves: " + ", ".join(series))
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What somebody else has: `number` chooses shape and colour, the same one in `mark_sign`."""
+
+    number: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of bars: (colour number, value, ends of its interval or None) for each model, and marks on its line."""
+
+    label: str
+    ours: Sequence[tuple[int, float, tuple[float, float] | None]]
+    marks: Sequence[Mark] = ()
+    hollow: bool = False
+
+
+_SHAPES = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"))
+
+
+def mark_sign(number: int) -> tuple[str, int]:
+    """The sign and the colour number that a legend has for a mark."""
+    return _SHAPES[number % len(_SHAPES)][1], mark_colour(number)
+
+
+def mark_colour(number: int) -> int:
+    """Colour number of a mark, those that models rarely have first."""
+    return (2, 3, 4, 5, 0, 1)[number % SERIES]
+
+
+def bars(rows: Sequence[Bar], description: str) -> str:
+    """Horizontal bars with whiskers, and marks beside them, from 0 to 1; what lies outside widens the axis.
+
+    Args:
+        rows: from top to bottom, at least one.
+        description: for screen readers.
+
+    Returns:
+        SVG text.
+    """
+    most = max(len(row.ours) for row in rows)
+    figure, axes = _figure(7.6, 0.5 + 0.3 * len(rows) * (1 + 0.35 * (most - 1)))
+    figure.subplots_adjust(left=0.27, bottom=0.32 / figure.get_figheight(), top=1 - 0.1 / figure.get_figheight())
+    height = 0.74 / most
+    for place, row in enumerate(rows):
+        for i, (number, value, ends) in enumerate(row.ours):
+            y, colour = place + (i - (len(row.ours) - 1) / 2) * height, series_colour(number)
+            if row.hollow:
+                axes.barh(y, value, height * 0.8, facecolor="none", edgecolor=colour, linewidth=1.2)
+            else:
+                axes.barh(y, value, height * 0.86, color=colour, alpha=0.8, linewidth=0)
+            if ends is not None:
+                axes.plot(ends, (y, y), color=INK, linewidth=1.3, solid_capstyle="butt")
+        for mark in row.marks:
+            shape, colour = _SHAPES[mark.number % len(_SHAPES)][0], series_colour(mark_colour(mark.number))
+            axes.plot(mark.value, place, shape, color=colour, markersize=5.5, markeredgecolor=INK, markeredgewidth=0.5)
+    axes.set_yticks(range(len(rows)), [printable(row.label) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.axvline(0, color=GRID, linewidth=0.7)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.0), max(high, 1.0))
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+    return _svg(figure, description)
 
 
 def curve_colour(index: int) -> int:

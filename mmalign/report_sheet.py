@@ -179,6 +179,10 @@ def _items(source: Path, name: str, lower: set[str]) -> list[Item]:
         if item is None:
             continue
         label = score_label(row["evaluator"], row["subscore"])
+        if label in results.count_labels:
+            if is_ok(row):
+                item.notes[label] = f"{row['score']:g}"
+            continue
         if results.higher_is_better(label) is False:
             lower.add(label)
         item.scores[label] = float(row["score"]) if is_ok(row) else None

@@ -43,8 +43,16 @@ class Results:
         return found
 
     def labels(self) -> list[str]:
-        """Labels of all scores (`hps`, `shapes_truth/colour`), in the order in which they first occur."""
-        return list(self._by_label)
+        """Labels of all scores (`hps`, `shapes_truth/colour`), in the order in which they first occur, less counts."""
+        return [label for label in self._by_label if label not in self.count_labels]
+
+    @cached_property
+    def count_labels(self) -> frozenset[str]:
+        """Labels of what only says how much there was to measure, as `summary.json` has it; no measures of quality."""
+        evaluators: Any = self.summary.get("evaluators")
+        entries = evaluators.items() if isinstance(evaluators, dict) else ()
+        counted = {(name, part) for name, entry in entries for part in _counts(entry)}
+        return frozenset(score_label(name, part) for name, part in counted)
 
     def evaluator(self, label: str) -> str:
         """The evaluator that gave the score `label`."""
@@ -65,6 +73,11 @@ class Results:
         entry = evaluators.get(self.evaluator(label)) if known else None
         direction = entry.get("higher_is_better") if isinstance(entry, dict) else None
         return direction if isinstance(direction, bool) else None
+
+
+def _counts(entry: Any) -> list[str]:
+    parts = entry.get("counts") if isinstance(entry, dict) else None
+    return [part for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
 
 
 def read_results(folder: str | Path) -> Results:

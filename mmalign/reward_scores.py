@@ -140,7 +140,8 @@ def evaluate(
 
 
 def _scorer(spec: BenchEvaluator, job: Job, results: Results, axes: Sequence[str]) -> Scorer:
-    names = sorted({str(row["subscore"]) for row in results.rows if row["evaluator"] == job.label and is_ok(row)})
+    given = {str(row["subscore"]) for row in results.rows if row["evaluator"] == job.label and is_ok(row)}
+    names = sorted(given - job.cls.counts)
     if not names:
         reason = next((row["reason"] for row in results.rows if row["evaluator"] == job.label), "it has no rows")
         raise ValueError(f"{job.label} scored none of the media: {reason}")

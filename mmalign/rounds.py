@@ -306,7 +306,7 @@ def _means(results: Results, trained: set[tuple[str, str | None]]) -> dict[str, 
     """Mean of every score, by whether it is one of those that are trained on: (label, sub-score or its only one)."""
     means: dict[str, list[float]] = {}
     for row in results.rows:
-        if is_ok(row):
+        if is_ok(row) and score_label(row["evaluator"], row["subscore"]) not in results.count_labels:
             ours = {(row["evaluator"], row["subscore"]), (row["evaluator"], None)} & trained
             name = f"{'reward' if ours else 'held_out'}/{score_label(row['evaluator'], row['subscore'])}"
             means.setdefault(name, []).append(float(row["score"]))

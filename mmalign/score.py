@@ -30,10 +30,12 @@ from mmalign.score_plan import Plan, Todo, make_jobs, make_plan, set_key, to_do
 from mmalign.score_processes import Advance, Ranks, score_in_processes
 from mmalign.score_ray import check_ray, score_with_ray
 from mmalign.score_sets import score_sets
+from mmalign.score_shares import share_out
 from mmalign.score_store import Store
 from mmalign.score_summary import summarise
+from mmalign.score_vbench import rows_of, specs
+from mmalign.score_vbench_results import write
 from mmalign.score_worker import Scorer, row_of
-from mmalign.tables import read_media_table
 
 __all__ = ["plan_for", "run"]
 
@@ -77,8 +79,8 @@ def _run_here(config: ScoreConfig, plugins: bool, launched: bool) -> Path:
         prepared = ranks.from_first(None)
         if prepared is None:
             raise SystemExit(1)  # rank 0 says why
-        plan, todo = prepared
-        ranks.score(plan, todo, config, lambda count: None)
+        plan, shares = prepared
+        ranks.score(plan, shares[ranks.rank], config, lambda count: None)
         return config.output
 
 
@@ -89,15 +91,15 @@ def plan_for(config: ScoreConfig, plugins: bool = True) -> Plan:
         check_inductor("compile", "leave compile out")
     if config.engine == "ray":
         check_ray()
-    jobs = make_jobs([(spec.name, spec.params) for spec in config.evaluators], plugins)
-    rows = read_media_table(config.table)
-    return make_plan(jobs, rows, config.table, config.batch_size, config.dtype)
+    jobs = make_jobs(specs(config, plugins), plugins)
+    return make_plan(jobs, rows_of(config), config.source, config.batch_size, config.dtype)
 
 
 def _run(config: ScoreConfig, plugins: bool, ranks: Ranks | None) -> Path:
     started = time.time()
     store = Store(config.output)
     todo: list[Todo] | None = None
+    shares: list[list[Todo]] | None = None
     with ExitStack() as held:
         try:
             refuse_if_busy(config.output)
@@ -107,19 +109,21 @@ def _run(config: ScoreConfig, plugins: bool, ranks: Ranks | None) -> Path:
             done = store.done()
             _mark_skipped(plan, store, done, config.dtype)
             todo = to_do(plan, done)
+            shares = share_out(plan, todo, ranks.number) if ranks else None
         finally:
             if ranks:
-                ranks.from_first(None if todo is None else (plan, todo))
+                ranks.from_first(None if shares is None else (plan, shares))
         total = sum(len(wanted) for batch in todo for _, wanted in batch)
+        mine = todo if shares is None else shares[0]
         with Progress("scoring", total) as progress:
-            _compute(plan, todo, config, ranks, _counter(progress))
+            _compute(plan, mine, config, ranks, _counter(progress))
         score_sets(plan, config, store, done)
         _finish(plan, config, store, started, total)
     return store.folder
 
 
 def _compute(plan: Plan, todo: list[Todo], config: ScoreConfig, ranks: Ranks | None, advance: Advance) -> None:
-    """Everything that is scored item by item, by whichever engine was asked for."""
+    """Everything that is scored item by item, by whichever engine was asked for; of a launch, this rank's share."""
     if ranks:
         ranks.score(plan, todo, config, lambda count: advance(count * ranks.number))  # the others are about as far
     elif config.engine == "ray" and todo:
@@ -162,13 +166,16 @@ def _finish(plan: Plan, config: ScoreConfig, store: Store, started: float, compu
             asked = ((item, key) for item, key in zip(plan.items, keys, strict=True) if plan.asks(job, item))
             wanted |= {(item.row.sample, key): job.label for item, key in asked}
     table = store.settle(wanted)
-    shared = {"table": str(config.table), "n_rows": len(plan.items), "dtype": config.dtype}
+    shared = {"table": str(config.source), "n_rows": len(plan.items), "dtype": config.dtype}
     figures = summarise(table, plan.jobs)
     _write_json(store.folder / "summary.json", {**shared, "evaluators": figures, "decoder": decoder_fingerprint()})
     seconds = round(time.time() - started, 3)
-    about = {"config": config.model_dump(mode="json"), "computed": computed, "seconds": seconds, **_versions()}
+    versions = _versions()
+    about = {"config": config.model_dump(mode="json"), "computed": computed, "seconds": seconds, **versions}
     about["device"] = str(resolve_device(config.device))
     _write_json(store.folder / "run.json", about)
+    if config.vbench:
+        write(plan, config, table, versions["versions"])
 
 
 def _versions() -> dict[str, Any]:

@@ -108,7 +108,7 @@ def preview(plan: Plan, config: ScoreConfig) -> Preview:
     bad = [item for item in plan.items if item.problem is not None]
     sets = any(job.is_set for job in busy)
     return Preview(
-        table=str(config.table),
+        table=str(config.source),
         output=str(config.output),
         engine=config.engine,
         processes=config.processes,

@@ -1,6 +1,7 @@
 """Scoring in several processes of one machine, or in those that a launcher started.
 
-Whole batches go round the processes, so that each is scored exactly as one process would. A process ends with whoever
+Whole batches are shared out by what they will cost (`mmalign.score_shares`), and each is scored exactly as one process
+would. A process ends with whoever
 started it: after a kill -9 nobody is left who writes into a results folder that the next run works in.
 """
 
@@ -25,6 +26,7 @@ import torch
 from mmalign.errors import Stopped, debugging, raised_by_us
 from mmalign.jobs import ScoreConfig
 from mmalign.score_plan import Plan, Todo
+from mmalign.score_shares import share_out
 from mmalign.score_worker import Scorer
 
 __all__ = ["Advance", "Ranks", "score_in_processes", "stopped", "told"]
@@ -56,12 +58,13 @@ def score_in_processes(plan: Plan, todo: Sequence[Todo], config: ScoreConfig, ad
     """Score in `config.processes` processes. `Stopped` if one of them dies, after the others have done their part."""
     context = multiprocessing.get_context("spawn")
     number = min(config.processes, len(todo))
+    shares = share_out(plan, todo, number)
     threads = max(1, torch.get_num_threads() // number)
     # Not a queue that they share: one that is killed while it writes to it blocks all others.
     pipes = [context.Pipe(duplex=False) for _ in range(number)]
     processes = [
         context.Process(
-            target=_process, args=(plan, todo[rank::number], config, rank, number, threads, pipes[rank][1]), daemon=True
+            target=_process, args=(plan, shares[rank], config, rank, number, threads, pipes[rank][1]), daemon=True
         )
         for rank in range(number)
     ]
@@ -185,7 +188,7 @@ class Ranks:
         return box[0]
 
     def score(self, plan: Plan, todo: Sequence[Todo], config: ScoreConfig, advance: Advance) -> None:
-        """Score this rank's part, and wait until all have.
+        """Score this rank's part of the batches, `todo`, and wait until all have theirs.
 
         Raises:
             Stopped: in rank 0, if some rank could not finish.
@@ -194,7 +197,7 @@ class Ranks:
         problem = None
         try:
             with closing(Scorer(plan, config, self.rank, self.share, self.here)) as scorer:
-                for count in scorer.score(todo[self.rank :: self.number]):
+                for count in scorer.score(todo):
                     advance(count)
         except Exception as error:  # told to rank 0, which names it to the user
             problem = f"rank {self.rank}: {told(error)}"

@@ -33,19 +33,21 @@ def summarise(table: pa.Table, jobs: Sequence[Job], seed: int = 0) -> dict[str, 
         label -> what the evaluator is, ``n_ok, n_skipped, n_error`` in items, ``coverage`` (the share of items with a
         score), the most frequent reasons, the share of prompts that the text encoder saw only in part, and
         ``mean, std, ci95``: at this level for a single score, under ``subscores`` for named ones. Where the table names
-        several models, ``by_model`` holds the same figures for each.
+        several models, ``by_model`` holds the same figures for each. ``counts`` names the sub-scores that only say how
+        much there was to measure; they have no figures.
     """
     rows: dict[str, list[dict[str, Any]]] = {job.label: [] for job in jobs}
     for row in table.to_pylist():
         rows[row["evaluator"]].append(row)
-    return {job.label: {**_identity(job), **_figures(rows[job.label], seed)} for job in jobs}
+    return {job.label: {**_identity(job), **_figures(_measures(rows[job.label], job), seed)} for job in jobs}
 
 
-def account(summary: Mapping[str, Any]) -> list[str]:
+def account(summary: Mapping[str, Any], means: bool = True) -> list[str]:
     """Lines for a person: of each evaluator how many items have a score, and why the others have none.
 
     Args:
         summary: what ``summary.json`` holds.
+        means: whether to say the means too.
     """
     lines: list[str] = []
     before: list[str] = []
@@ -53,7 +55,7 @@ def account(summary: Mapping[str, Any]) -> list[str]:
         total = entry["n_ok"] + entry["n_skipped"] + entry["n_error"]
         share = f"{math.floor(100 * entry['coverage'])} %" if total else "nothing"
         missed = [f"{entry[f'n_{kind}']} {word}" for kind, word in _MISSED if entry[f"n_{kind}"]]
-        mean = [f"mean {number(entry['mean'])}"] if entry.get("mean") is not None else []
+        mean = [f"mean {number(entry['mean'])}"] if means and entry.get("mean") is not None else []
         lines.append(", ".join([f"{label}: {entry['n_ok']} of {total} scored ({share})", *missed, *mean]))
         reasons = [f"  {count} x {shown(reason)}" for reason, count in entry["reasons"].items()]
         if entry["other_reasons"]:
@@ -67,6 +69,11 @@ def scored_nothing(summary: Mapping[str, Any]) -> bool:
     """Whether no evaluator has a single score, although there was something to score."""
     entries = summary.get("evaluators", {}).values()
     return bool(summary.get("n_rows")) and not any(entry["n_ok"] for entry in entries)
+
+
+def _measures(rows: Sequence[dict[str, Any]], job: Job) -> list[dict[str, Any]]:
+    """The rows without those of counts."""
+    return [row for row in rows if row["subscore"] not in job.cls.counts]
 
 
 _MISSED = (("skipped", "skipped"), ("error", "failed"))
@@ -83,6 +90,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "params_hash": job.params_hash,
         "weight_hash": job.weight_hash,
         "higher_is_better": cls.higher_is_better,
+        "counts": sorted(cls.counts),
         "score_range": list(cls.bounds(job.params)),
         "licence": cls.licence,
         "source": cls.source,

@@ -83,9 +83,40 @@ def mean_ci(
     if size == 1:
         return Interval(mean, math.nan, math.nan)
     means = _bootstrap_means(sums, counts, np.random.default_rng(seed), samples)
+    return Interval(mean, *expanded_ends(means, size, level))
+
+
+def bootstrap_ratio(
+    values: Values, weights: Values, clusters: Clusters, seed: int | Sequence[int] = 0, samples: int = 2000
+) -> Floats:
+    """Weighted means of `values` over whole clusters that are drawn with replacement: [samples].
+
+    Clusters are drawn in the order of their labels as text, so that two sets of values with the same labels and seed
+    are drawn together, and what is made of both (a difference, a sum) has its own spread.
+
+    Args:
+        values, weights: [n] finite floats, weights above 0.
+        clusters: [n] labels.
+
+    Raises:
+        ValueError: as `mean_ci`, and a weight that is not above 0.
+    """
+    x, w = _paired(values, weights)
+    if (w <= 0).any():
+        raise ValueError("weights have to be above 0; leave out what does not count")
+    labels = [str(each) for each in clusters]
+    first = sorted(range(len(labels)), key=lambda place: labels[place])
+    codes = [labels[place] for place in first]
+    sums, _ = _cluster_sums((x * w)[first], codes)
+    counts, _ = _cluster_sums(w[first], codes)
+    return _bootstrap_means(sums, counts, np.random.default_rng(seed), samples)
+
+
+def expanded_ends(replicates: Floats, size: int, level: float = 0.95) -> tuple[float, float]:
+    """The ends of the expanded percentile interval (see `mean_ci`) of bootstrap replicates from `size` > 1 clusters."""
     tail = NormalDist().cdf(-math.sqrt(size / (size - 1)) * _student_quantile((1 + level) / 2, size - 1))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(mean, float(low), float(high))
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def influence_ci(value: float, influence: Values, clusters: Clusters | None = None, level: float = 0.95) -> Interval:

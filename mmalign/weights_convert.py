@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,30 @@ def _read(source: Path) -> tuple[object, list[str]]:
         raise ValueError(f"{source}: cannot be read as a PyTorch checkpoint ({first_line(error)}).") from None
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-        with torch.serialization.safe_globals([(_Shell, name) for name in names]):
-            return torch.load(source, map_location="cpu", weights_only=True), names
+        return _with_shells(source, names), names
     except DAMAGED as error:
         wanted = re.search(r"(?:GLOBAL|reduce for unrecognized function|Can only [^.]+ but got) .+", str(error))
         reason = wanted.group(0).split("`")[0] if wanted else first_line(error)
         raise ValueError(
             f"{source}: cannot be read without running code that it brings, so it is refused ({reason})."
         ) from None
+
+
+def _with_shells(source: Path, names: list[str]) -> object:
+    """What the file holds, with shells for these classes."""
+    try:
+        return _load(source, [(_Shell, name) for name in names])
+    except pickle.UnpicklingError as error:
+        if "SETITEM" not in str(error):
+            raise
+    # A config may be a dictionary of a class of its own, whose items a shell cannot take: an ordered dictionary can.
+    own = {name for name in names if name.endswith("Dict") and not name.startswith("torch.")}
+    return _load(source, [(OrderedDict if name in own else _Shell, name) for name in names])
+
+
+def _load(source: Path, stand_ins: list[Any]) -> object:
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def tensors_of(loaded: object, origin: str) -> dict[str, Tensor]:

@@ -62,8 +62,8 @@ FOREIGN = {b"\x89HDF": "an HDF5 file", b"GGUF": "a GGUF file", b"\x93NUMPY": "a 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name from a ``.safetensors`` file, or from a PyTorch file without running any pickled code.
 
-    A PyTorch file may hold the tensors directly or under ``state_dict``; other entries beside ``state_dict``, such as
-    an optimiser's state, are left out. Tensors stay on the CPU in the file's own dtype.
+    A PyTorch file may hold the tensors directly, or under ``state_dict`` or ``model``; other entries beside these, such
+    as an optimiser's state, are left out. Tensors stay on the CPU in the file's own dtype.
 
     Raises:
         ValueError: the file is missing, empty, damaged, a pickle of objects, of another kind (which is named), or
@@ -152,7 +152,7 @@ def count_numbers(path: Path) -> int | None:
         found = torch.load(path, map_location="meta", weights_only=True)
     except DAMAGED:
         return None
-    state = found.get("state_dict", found) if isinstance(found, Mapping) else {}
+    state = _unwrapped(found)
     tensors = [value for value in state.values() if isinstance(value, Tensor)] if isinstance(state, Mapping) else []
     return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()) or None
 
@@ -191,9 +191,16 @@ def _read_torch(path: Path, mmap: bool = False) -> object:
         ) from None
 
 
+def _unwrapped(loaded: object) -> object:
+    """What lies under ``state_dict`` or ``model``, where one of them holds the tensors."""
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            return loaded[key]
+    return loaded
+
+
 def _named(loaded: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
+    loaded = _unwrapped(loaded)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path}: holds {type(loaded).__name__}, not a dictionary of named tensors.")
     strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]

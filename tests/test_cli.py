@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ VERBS = ["quickstart", "train", "sample", "score", "compare", "report", "list", 
 VERBS += ["prefer", "prefer run", "prefer merge", "prefer audit", "bench reward"]
 VERBS += ["weights list", "weights fetch", "weights verify", "weights convert"]
 VERBS += ["config show", "config schema", "config check", "cache ls", "cache clear"]
+VERBS += ["vbench check", "vbench crop", "vbench total", "vbench agreement", "new evaluator"]
 SAMPLE = "model: {path: some/model}\nprompts: prompts.txt\noutput: out\n"
 
 
@@ -98,6 +100,9 @@ class TestJobs:
         assert (calls[2].table, calls[2].output, calls[2].batch_size) == (Path("t.parquet"), Path("o"), 2)
         assert calls[3].evaluators[0].params == {"version": "v2.1"}
         assert run("score", "t.jsonl", "-e", "hps", "--engine", "ray")[0] == 0 and calls[4].engine == "ray"
+        (tmp_path / "y.yaml").write_text(SCORE.replace("table:", "media:"))
+        assert run("score", "y.yaml", "--table", "other.jsonl")[0] == 0, "the option goes before either key"
+        assert (calls[5].table, calls[5].media) == (Path("other.jsonl"), None)
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -171,7 +176,9 @@ class TestConfigVerbs:
         (tmp_path / "x.yaml").write_text("output: out\n")
         code, _, err = run("config", "check", "x.yaml")
         assert code == 2 and "add --job with one of train, sample, score, prefer" in err
-        assert "table is missing" in run("config", "check", "x.yaml", "--job", "score")[2]
+        assert "evaluators is missing" in run("config", "check", "x.yaml", "--job", "score")[2]
+        (tmp_path / "y.yaml").write_text("output: out\nevaluators: [{name: hps}]\n")
+        assert "exactly one of table and media" in run("config", "check", "y.yaml", "--job", "score")[2]
 
 
 class TestListing:
@@ -205,11 +212,13 @@ class TestListing:
             assert "error" not in row and row["licence"] and row["source"] and row["modality"], row
             assert isinstance(row["differentiable"], bool) and row["version"] >= 1, name
             if name not in {"shapes_truth", "shapes_motion", "shapes_place"}:
-                base = name.partition("@")[0]  # what stands for another's dimension has its page, or is named on it
-                assert (ROOT / "docs" / "scorers" / f"{base}.md").is_file(), f"{name} has no page"
-                assert f"[{name}](scorers/{base}.md" in page, f"docs/evaluators.md does not lead to {name}'s page"
+                led = re.search(rf"\[{re.escape(name)}\]\(scorers/([\w@]+\.md)", page)  # some share a page
+                assert led, f"docs/evaluators.md does not lead to {name}'s page"
+                assert name in (ROOT / "docs" / "scorers" / led[1]).read_text(encoding="utf-8"), f"{name} has no page"
             expected = name in {"aesthetic", "clip_score", "fitted_reward", "hps", "hpsv3", "image_reward", "mps"} | {
-                "pickscore", "social_reward", "vlm_reward", "imaging_quality", "motion_smoothness"}  # fmt: skip
+                "pickscore", "social_reward", "vlm_reward", "imaging_quality", "motion_smoothness", "temporal_style",
+                "overall_consistency", "temporal_flickering", "subject_consistency", "background_consistency",
+                "aesthetic_quality"}  # fmt: skip
             assert row["differentiable"] == expected, f"{name}: its contract test follows a gradient to the pixels"
             assert ("video" in row["modality"]) <= ("frames" in row["needs"]), name
         assert {"v1", "v2"} <= set(rows["aesthetic"]["params"]["head"]["enum"])

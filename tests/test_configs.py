@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -16,9 +17,11 @@ from mmalign.commands.configs import Job, job_of, load_job, schema_of
 from mmalign.jobs import ScoreConfig
 from mmalign.known_weights import KNOWN
 from mmalign.score_plan import make_jobs
+from mmalign.score_vbench import specs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
+WEIGHTLESS = {"temporal_flickering"}
 named = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -99,14 +102,18 @@ def test_configs_and_pages_name_weights_as_they_are_fetched() -> None:
 
 
 def test_shipped_scoring_configs_find_what_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty file under each name that `weights fetch` gives: every path in a shipped scoring config exists."""
+    """A small file under each name that `weights fetch` gives: every path in a shipped scoring config exists."""
     monkeypatch.setenv("MMALIGN_WEIGHTS", str(tmp_path))
     for name, entry in KNOWN.items():
-        file = tmp_path / name / entry.files[0]
-        file.parent.mkdir(parents=True)
-        file.write_bytes(name.encode())
+        for each in (entry.files[0], *(also for also in entry.also if "*" not in also)):
+            file = tmp_path / name / each
+            file.parent.mkdir(parents=True, exist_ok=True)
+            model_type = "rt_detr_v2" if name.startswith("rtdetr") else "blip"
+            file.write_text(json.dumps({"name": name, "model_type": model_type}))
+        if entry.keys == "transformers":  # a whole folder
+            (tmp_path / name / "model.safetensors").write_text(name)
     for path in (ROOT / "configs" / "score").glob("*.yaml"):
         settings = load_job(path)
         assert isinstance(settings, ScoreConfig)
-        jobs = make_jobs([(spec.name, spec.params) for spec in settings.evaluators], plugins=False)
-        assert all(job.weight_hash for job in jobs), path
+        jobs = make_jobs(specs(settings, plugins=False), plugins=False)
+        assert all(job.weight_hash for job in jobs if job.name not in WEIGHTLESS), path

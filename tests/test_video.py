@@ -23,6 +23,7 @@ from mmalign.media import (
     MediaError,
     Middle,
     QwenFps,
+    Starts,
     StrideFps,
     Uniform,
     check_media,
@@ -414,6 +415,9 @@ def test_plans_of_vbench() -> None:
     assert Middle(16).indices(1, 8.0) == [0] * 16
     strides = {8: 1, 10: 1, 12: 2, 15: 2, 16: 2, 20: 2, 24: 3, 25: 3, 30: 4, 50: 6, 60: 8, 4: 1}
     assert {fps: StrideFps(8).indices(100, fps)[1] for fps in strides} == strides
-    for plan, value in ((Middle, 0), (StrideFps, 0.0)):
+    assert Starts(16).indices(16, 8.0) == list(range(16)) and Starts(16).indices(3, 8.0) == [0, 1, 2]
+    assert Starts(16).indices(49, 8.0) == [int(i * (49 / 16)) for i in range(16)]
+    assert Starts(3).indices(10, 8.0) == [0, 3, 6]
+    for plan, value in ((Middle, 0), (Starts, 0), (StrideFps, 0.0)):
         with pytest.raises(ValueError, match=plan.__name__):
             plan(value)

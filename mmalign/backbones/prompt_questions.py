@@ -15,12 +15,21 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Question", "content_words", "read_prompts", "read_questions", "uncovered", "write_questions"]
+__all__ = [
+    "Question",
+    "content_words",
+    "question_rows",
+    "read_prompts",
+    "read_questions",
+    "text_list",
+    "uncovered",
+    "write_questions",
+]
 
 # Words that an image cannot show by themselves. Places (on, under, behind), numbers and negations are not among them.
 _FUNCTION_WORDS = """
@@ -84,7 +93,7 @@ def read_questions(path: str | Path) -> dict[str, tuple[Question, ...]]:
     """
     path = Path(path).expanduser()
     found: dict[str, list[Question]] = {}
-    for number, row in _rows(path):
+    for number, row in question_rows(path, {"prompt", "question", "answer"}):
         try:
             prompt = str(row.get("prompt") or "")
             if not prompt.strip():
@@ -98,24 +107,29 @@ def read_questions(path: str | Path) -> dict[str, tuple[Question, ...]]:
 
 
 def _question(row: Mapping[str, Any]) -> Question:
-    choices = _list(row.get("choices")) or ("yes", "no")
+    choices = text_list(row.get("choices"), "choices") or ("yes", "no")
     answer = row.get("answer")
     if not isinstance(row.get("question"), str) or not isinstance(answer, str):
         raise ValueError("question and answer have to be text")
-    return Question(row["question"].strip(), choices, answer.strip(), _list(row.get("covers")))
+    return Question(row["question"].strip(), choices, answer.strip(), text_list(row.get("covers"), "covers"))
 
 
-def _list(value: Any) -> tuple[str, ...]:
-    """Texts of a JSON list, or of a CSV field that separates them by bars."""
+def text_list(value: Any, name: str) -> tuple[str, ...]:
+    """Texts of a JSON list, or of a CSV field that separates them by bars; ValueError with its name for others."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split("|") if part.strip())
     parts = value or ()
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"choices and covers have to be lists of texts, not {value!r}")
+        raise ValueError(f"{name}: these have to be lists of texts, not {value!r}")
     return tuple(part.strip() for part in parts)
 
 
-def _rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+def question_rows(path: Path, columns: Set[str]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Line numbers and rows of a question file: JSONL, or CSV that has these columns.
+
+    Raises:
+        ValueError: it cannot be read as text, is in neither layout, or lacks a column.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             text = file.read()
@@ -123,8 +137,7 @@ def _rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
         raise ValueError(f"questions: {path} cannot be read as text ({error}).") from None
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        absent = {"prompt", "question", "answer"} - set(reader.fieldnames or ())
-        if absent:
+        if absent := columns - set(reader.fieldnames or ()):
             raise ValueError(f"{path}: has no column {', '.join(sorted(absent))}.")
         return [(reader.line_num, row) for row in reader]
     rows: list[tuple[int, Mapping[str, Any]]] = []

@@ -8,7 +8,7 @@ the checks look where `mmalign weights fetch` puts it, and say so where it is no
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mmalign.progress import quiet_transformers
 from mmalign.weights import fetched, load_into
 from mmalign.weights_read import BAD_CONFIG, first_line
 
-__all__ = ["check_config", "check_folder", "check_multi_tap", "check_reward"]
+__all__ = ["check_class", "check_config", "check_folder", "check_multi_tap", "check_reward"]
 
 
 VLMS = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"
@@ -48,10 +48,26 @@ def check_folder(state: Mapping[str, Tensor], file: Path, kinds: str = VLMS) -> 
 def _check_model(state: Mapping[str, Tensor], folder: Path, origin: str, kinds: str = VLMS) -> None:
     import transformers
 
+    check_class(lambda config: getattr(transformers, kinds)[type(config)], state, folder, origin)
+
+
+def check_class(kind_of: Callable[[Any], Any], state: Mapping[str, Tensor], folder: Path, origin: str) -> None:
+    """Whether tensors are those of a class of transformers as a folder's config.json describes it.
+
+    Args:
+        kind_of: the config -> the class.
+        state: names to tensors on the meta device.
+        origin: where they are from, for the message.
+
+    Raises:
+        ValueError: as `check_folder`.
+    """
+    from transformers import AutoConfig
+
     model_folder(folder, "config", weights=False)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        kind: Any = getattr(transformers, kinds)[type(config)]
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind = kind_of(config)
         with quiet_transformers():
             _, report = kind.from_pretrained(
                 None,

@@ -21,6 +21,7 @@ class Kind(StrEnum):
     formats = "formats"
     benchmarks = "benchmarks"
     configs = "configs"
+    vbench_quirks = "vbench-quirks"
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -47,7 +48,7 @@ def list_(
     as_json: AsJson = False,
     plugins: Annotated[bool, typer.Option(help="Look for evaluators in other installed packages too.")] = True,
 ) -> None:
-    """List what there is: evaluators, methods, guidance strategies, model families, formats, benchmarks, configs.
+    """List what there is: evaluators, methods, guidance, model families, formats, benchmarks, configs, VBench's quirks.
 
     [bold]Examples[/bold]
 
@@ -70,6 +71,9 @@ def list_(
         told = Text(row["summary"], style="red" if "error" in row else "")
         if kind is Kind.evaluators and "error" not in row:
             told.append(f"\n{_in_a_line(row)}", style="dim")
+        if kind is Kind.vbench_quirks:
+            told.append(f"\n{row['dimension']}: {row['effect']}", style="dim")
+            told.append(f"\ncompat: {row['compat']} | strict: {row['strict']}", style="dim")
         table.add_row(Text(row["name"]), told)
     Console().print(table)
 
@@ -108,6 +112,10 @@ def listing(kind: Kind, *, plugins: bool = True, declared: bool = False) -> list
             return described()
         case Kind.configs:
             return _configs()
+        case Kind.vbench_quirks:
+            from mmalign.vbench.quirks import QUIRKS
+
+            return [{"name": each.id, "summary": each.what, **asdict(each)} for each in QUIRKS.values()]
 
 
 def _named(summaries: dict[str, str]) -> list[dict[str, Any]]:

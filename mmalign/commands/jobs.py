@@ -161,7 +161,8 @@ def score(
 
     Everything can stand in a config, or a table and some evaluators can be named directly.
 
-    Exit codes: 0 with at least one score, 1 if nothing at all could be scored, 2 a mistake in what was asked for.
+    Exit codes: 0 with at least one score, 1 if nothing at all could be scored or a dimension of VBench has no score, 2
+    a mistake in what was asked for.
 
     [bold]Examples[/bold]
 
@@ -176,6 +177,8 @@ def score(
         mmalign score my_scans -e aesthetic -o out --set max_pixels=400000000
 
         mmalign score configs/shapes/score.yaml --dry-run
+
+        mmalign score configs/score/vbench_quality.yaml --set media=my_clips
 
         accelerate launch -m mmalign score configs/shapes/score.yaml
     """
@@ -194,9 +197,21 @@ def score(
     if not _first():
         return
     summary = read_json(folder / "summary.json")
-    typer.echo("\n".join([*account(summary), f"results: {folder}"]))
+    lacking = []
+    told = account(summary, means=settings.vbench is None)
+    if settings.vbench:
+        from mmalign.score_vbench_results import lines, unscored
+        from mmalign.vbench.record import read_record
+
+        record = read_record(folder)
+        lacking = unscored(record)
+        told += lines(record)
+    typer.echo("\n".join([*told, f"results: {folder}"]))
     if scored_nothing(summary):
         typer.echo("error: nothing could be scored; the reasons stand above", err=True)
+        raise typer.Exit(1)
+    if lacking:
+        typer.echo(f"error: no score of {', '.join(lacking)}; why stands above, and all else is written", err=True)
         raise typer.Exit(1)
 
 
@@ -227,6 +242,8 @@ def _score_config(
     named = [
         f"{key}={json.dumps(str(value))}" for key, value in (("table", table), ("output", output)) if value is not None
     ]
+    if table is not None:
+        named.append("media=null")  # the other key that a config may name them by
     suffix = "" if source is None else source.suffix.lower()
     named_table = suffix in TABLES or (bool(evaluators) and suffix not in CONFIGS)
     if source is not None and (named_table or source.is_dir()):

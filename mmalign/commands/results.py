@@ -60,16 +60,26 @@ def report(
         list[str] | None,
         typer.Option(help="Score by which pictures are chosen, such as hps or shapes_truth/fidelity; may be repeated."),
     ] = None,
+    vbench_against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Row of VBench's board to show beside; may be repeated. Default: the top three, the nearest."
+        ),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page: distributions, win rates, thumbnails, training curves, the config.
 
     [bold]Examples[/bold]
 
         mmalign report runs/base/scores runs/aligned/scores --run runs/dpo --output report.html
+
+        mmalign report runs/wan/scores --vbench-against Wan2.1-14B --vbench-against Kling
     """
     from mmalign.report import build
 
-    typer.echo(f"report: {build(results, output, run=run, title=title, rank_by=rank_by)}")
+    typer.echo(
+        f"report: {build(results, output, run=run, title=title, rank_by=rank_by, vbench_against=vbench_against)}"
+    )
 
 
 def contact(

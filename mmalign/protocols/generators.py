@@ -6,7 +6,7 @@ told. Entries are dictionaries that JSON can carry, with None where a figure is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,8 +65,8 @@ def generator_figure(score: Marks, human: Marks, wins: Marks | None) -> dict[str
         "generators": {
             name: {kind: _mean(marks, name) for kind, marks in kinds.items() if marks is not None} for name in names
         },
-        "means": _correlated(score, human, names),
-        "wins": None if wins is None else _correlated(wins, human, names),
+        "means": correlated(score, human, names),
+        "wins": None if wins is None else correlated(wins, human, names),
     }
 
 
@@ -75,14 +75,23 @@ def _mean(marks: Marks, name: str) -> dict[str, Any]:
     return mean_by_prompt(marks.value[inside], [marks.prompt[number] for number in inside])
 
 
-def _correlated(ours: Marks, theirs: Marks, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """The rank correlations of two means of each generator, with intervals."""
+def correlated(
+    ours: Marks,
+    theirs: Marks,
+    names: Sequence[str],
+    statistic: Callable[[Floats, Floats], dict[str, Floats]] | None = None,
+) -> dict[str, dict[str, float | None]]:
+    """Correlations of two means of each generator: value, low and high (95 %, percentile bootstrap over prompts).
+
+    Args:
+        names: the generators, at least two.
+        statistic: means [rows, generators] of either side -> figures [rows] by name; None: `rank_correlations`.
+    """
+    statistic = statistic or rank_correlations
     prompts = sorted({*ours.prompt, *theirs.prompt})
     totals = [_totals(marks, names, prompts) for marks in (ours, theirs)]
-    values = rank_correlations(*(_means(np.ones((1, len(prompts))), each) for each in totals))
-    parts = [
-        rank_correlations(*(_means(weights, each) for each in totals)) for weights in _draws(len(prompts), len(names))
-    ]
+    values = statistic(*(_means(np.ones((1, len(prompts))), each) for each in totals))
+    parts = [statistic(*(_means(weights, each) for each in totals)) for weights in _draws(len(prompts), len(names))]
     found: dict[str, dict[str, float | None]] = {}
     for kind, value in values.items():
         held = np.concatenate([part[kind] for part in parts])
