@@ -14,6 +14,7 @@ its tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,7 @@ class Reference:
 
     def temporal_flickering(self, _: None, clip: Clip) -> Row:
         frames = list(clip.frames.permute(0, 2, 3, 1).contiguous().numpy())
-        means = [
-            np.mean(np.abs(one.astype(np.float32) - other.astype(np.float32)))
-            for one, other in zip(frames[:-1], frames[1:], strict=True)
-        ]
+        means = [np.mean(np.abs(one.astype(np.float32) - other.astype(np.float32))) for one, other in pairwise(frames)]
         return {"score": (255.0 - float(np.mean(means))) / 255.0}
 
     def load_motion_smoothness(self) -> Any:
@@ -154,7 +152,7 @@ class Reference:
         kept = [F.pad(frame, sides, mode="replicate") for frame in kept]
         shown = clip.frames[1::2].permute(0, 2, 3, 1).numpy()
         means = []
-        for place, (one, other) in enumerate(zip(kept[:-1], kept[1:], strict=True)):
+        for place, (one, other) in enumerate(pairwise(kept)):
             drawn = amt(one, other)[0, :, top : top + height, left : left + width]
             picture = (drawn.permute(1, 2, 0).cpu().numpy() * 255.0).clip(0, 255).astype(np.uint8)
             apart = np.maximum(picture, shown[place]) - np.minimum(picture, shown[place])
@@ -172,7 +170,7 @@ class Reference:
         left, top = -width % 8 // 2, -height % 8 // 2
         sides = (left, -width % 8 - left, top, -height % 8 - top)
         speeds = []
-        for pair in zip(frames[:-1], frames[1:], strict=True):
+        for pair in pairwise(frames):
             one, other = (2 * (F.pad(frame, sides, mode="replicate") / 255.0) - 1.0 for frame in pair)
             flow = raft(one, other, num_flow_updates=UPDATES)[-1][0].permute(1, 2, 0).cpu().numpy()
             lengths = np.sqrt(np.square(flow[..., 0]) + np.square(flow[..., 1])).flatten()
@@ -199,7 +197,7 @@ def _clip_pixels(frames: Tensor, side: int) -> Tensor:
 def _consistency(features: Sequence[Tensor]) -> Row:
     """Frame by frame, each cosine fetched from the device."""
     total = 0.0
-    for former, feature in zip(features[:-1], features[1:], strict=True):
+    for former, feature in pairwise(features):
         before = max(0.0, F.cosine_similarity(former, feature).item())
         first = max(0.0, F.cosine_similarity(features[0], feature).item())
         total += (before + first) / 2
