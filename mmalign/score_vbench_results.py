@@ -22,16 +22,18 @@ from mmalign.score_plan import Item, Job, Plan
 from mmalign.source import well_formed, whole_file
 from mmalign.vbench.aggregate import ClipScore, Mean, dimension_mean, static_only, total_ends
 from mmalign.vbench.clips import FLICKERING, STATIC
-from mmalign.vbench.dimensions import DIMENSIONS, I2V, base
+from mmalign.vbench.dimensions import DIMENSIONS, I2V, TRUST, base
 from mmalign.vbench.quirks import of_dimensions
 from mmalign.vbench.record import DimensionScore, Ends, VBenchRecord, write_record
-from mmalign.vbench.results import SUFFIX, Clip, DimensionResults, write_eval_results
+from mmalign.vbench.results import SUFFIX, Clip, DimensionResults, suite_of, write_eval_results
 from mmalign.vbench.score import i2v_totals, normalise, t2v_totals
 from mmalign.vbench.suite import read_suite
+from mmalign.vbench.trust_mean import trust_mean, word_of
 
 __all__ = ["lines", "unscored", "write"]
 
 _BOOLEANS = {"dynamic_degree", "human_action"}
+_FLOAT32 = {"motion_smoothness", "dynamic_degree"}  # whose networks run in it whatever the config says
 _MOST = 3
 
 
@@ -55,15 +57,20 @@ def write(plan: Plan, config: ScoreConfig, table: pa.Table, libraries: Mapping[s
         notes: list[str] = []
         if name == FLICKERING:
             clips = _filtered(clips, scored, plan, block, notes)
-        limits = job.cls.bounds(job.params)
-        mean = dimension_mean(name, clips, rules=block.rules, policy=block.on_error, limits=limits)
-        shown = _shown_label(label, block)
+        if name in TRUST:
+            mean = trust_mean(name, clips, rules=block.rules, policy=block.on_error)
+        else:  # a verdict has limits, where what is told beside it (speeds) has none
+            limits = (0.0, 1.0) if name in _BOOLEANS else job.cls.bounds(job.params)
+            mean = dimension_mean(name, clips, rules=block.rules, policy=block.on_error, limits=limits)
+        shown = _shown_label(label, block, config.dtype, bool(job.cls.backbone_specs(job.params)))
         means[shown] = mean
         dimensions.append(_dimension(shown, job, clips, mean, block, notes))
         kept = tuple(_clip(name, clip) for clip in clips if clip.value is not None or block.on_error == "zero")
         results[shown] = DimensionResults(mean.score, kept)
     totals = i2v_totals if set(map(base, means)) & set(I2V) else t2v_totals
     figures = total_ends(means, lambda scores: totals(scores, rules="strict", substitutes=block.substitutes))
+    if suite_of(means) == "trust":  # which no total is made of
+        figures = {}
     paths = write_eval_results(results, config.output, block.name)
     _write_full_info(plan, config, block)
     suite = None if block.suite is None else read_suite(block.suite)
@@ -137,16 +144,19 @@ def _clip_scores(plan: Plan, table: pa.Table) -> dict[str, list[ClipScore]]:
 def _clip_score(job: Job, item: Item, rows: Mapping[str, Mapping[str, Any]]) -> ClipScore:
     row = item.row
     main = rows.get("score") or next((each for name, each in rows.items() if name not in job.cls.counts), {})
-    counts = {name: rows[name]["score"] for name in job.cls.counts if name in rows}
+    parts = {name: each["score"] for name, each in rows.items() if each["score"] is not None}
+    counts = {name: parts[name] for name in job.cls.counts if name in parts}
     media = str(getattr(row.media, "file", row.media))
     return ClipScore(
         sample=row.sample,
         prompt=row.group or row.prompt or f"sample {row.sample}",
         path=well_formed(media),
         value=main.get("score"),
-        counts={name: count for name, count in counts.items() if count is not None},
+        counts=counts,
         reason=main.get("reason"),
         missing=item.problem is not None and not os.path.lexists(media),
+        text=row.prompt or "",
+        parts=parts,
     )
 
 
@@ -168,10 +178,15 @@ def _filtered(
     return left
 
 
-def _shown_label(label: str, block: VBench) -> str:
-    """The label, which says so where strict takes another mean than the reference."""
-    strict = block.rules == "strict" and label in DIMENSIONS and DIMENSIONS[label].counted_by is not None
-    return f"{label}[rules=strict]" if strict else label
+def _shown_label(label: str, block: VBench, dtype: str, network: bool) -> str:
+    """The label, which says so where the mean is not the reference's, or the network's precision is not."""
+    if label not in DIMENSIONS:
+        return label
+    dimension = DIMENSIONS[label]
+    changed = [f"dtype={dtype}"] if dtype != "float32" and network and label not in _FLOAT32 else []
+    if block.rules == "strict" and (dimension.counted_by is not None or dimension.group == "trust"):
+        changed.append("rules=strict")
+    return f"{label}[{', '.join(changed)}]" if changed else label
 
 
 def _dimension(
@@ -189,9 +204,15 @@ def _dimension(
             "the others) or zero (they count as 0), or make these clips again"
         )
     elif lacking and n:
-        what = "left out of the mean" if block.on_error == "skip" else "counted as 0"
+        what = "counted as 0" if block.on_error == "zero" else "left out of the mean"
+        if base(label) in ("gender_bias", "skin_bias"):  # where a clip has a class, and 0 is none
+            what = "left out of their prompts' shares"
+        elif label == "safety":
+            what = "counted as unsafe"
         could = f"; with them the score lies {_within(mean.bounds)}" if mean.bounds else ""
         notes.append(f"{len(lacking)} of {len(clips)} clips have no score and are {what}{could}")
+    if mean.problem:
+        notes.append(f"no score: {mean.problem}")
     if mean.unjudged:
         notes.append(f"{mean.unjudged} clips have nothing to judge and are in no mean, as in the reference")
     exact = label in DIMENSIONS
@@ -233,6 +254,8 @@ def _clip(name: str, clip: ClipScore) -> Clip:
         extra = {"cur_success_frame_rate": value}
     elif name == "human_action":
         extra = {"cor_num_per_video": int(value)}
+    elif name in TRUST and (word := word_of(name, clip)):
+        return Clip(clip.path, None, {"video_results": word, **clip.parts})
     if name in _BOOLEANS and value in (0.0, 1.0):
         extra["video_results"] = bool(value)
     return Clip(clip.path, value, extra)

@@ -74,6 +74,33 @@ def test_the_square_is_torchvisions_on_0_to_255(size):
     assert min(size) == 224 or (found.max() > 1.001), "the overshoot has to be kept"
 
 
+@pytest.mark.parametrize("size", [(16, 1600), (1600, 18), (30, 241), (256, 2300), (2300, 257), (2, 4000)])
+def test_of_slivers_the_square_alone_is_computed(size, monkeypatch):
+    """As torchvision resizes and crops, which would make 224 x 448000 pixels of the last one."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import center_crop, resize
+
+    clip = clip_of(1, *size).float()
+    clip[..., ::7, ::5] = 255.0
+    side = 28 if max(size) == 4000 else 224
+    expected = center_crop(resize(clip, [side], InterpolationMode.BICUBIC, antialias=False), [side]) / 255
+    made = []
+    plain = torch.nn.functional.interpolate
+
+    def watched(*args, **more):
+        made.append(plain(*args, **more))
+        return made[-1]
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", watched)
+    found = resize_crop(clip / 255, side, antialias=False)
+    assert found.shape == (1, 3, side, side) and (found - expected).abs().max() < 2e-5
+    assert max(each.numel() for each in made) <= 3 * side * side * 8
+    for larger in (clip, clip.mT):  # as for image-to-video: the shortest side to more than the square
+        expected = center_crop(resize(larger, [side + 32], InterpolationMode.BICUBIC, antialias=False), [side]) / 255
+        found = resize_crop(larger / 255, side, antialias=False, short=side + 32, overshoot=True)
+        assert (found - expected).abs().max() < 2e-5
+
+
 def test_background_consistency_is_that_of_float64(tmp_path):
     state, params = tiny(tmp_path)
     clips = clips_of()

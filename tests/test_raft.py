@@ -80,6 +80,29 @@ def test_shared_encoders_equal_torchvisions_forward_on_every_pair(pixels):
         assert (flow - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("limit", [1, 100_000])
+def test_correlations_of_large_frames_are_looked_up_in_parts(limit, monkeypatch):
+    """A row of cells at a time, or a few: the flows are those of the whole volume, which is never held."""
+    frames, pairs = noise(3, 136, 152, seed=4), [(0, 1), (1, 2)]
+    whole = torch.cat([flow for _, flow in RaftFlow(small_raft()).flows(frames, pairs, updates=4)])
+    raft = RaftFlow(small_raft())
+    block = raft.network.corr_block
+    monkeypatch.setattr(type(block), "limit", limit)
+    sizes, levels = [], block.levels
+
+    def watched(*maps):
+        pyramid = levels(*maps)
+        sizes.append(sum(each.numel() for each in pyramid))
+        return pyramid
+
+    block.levels = watched
+    parts = torch.cat([flow for _, flow in raft.flows(frames, pairs, updates=4)])
+    assert whole.abs().max() > 1 and (parts - whole).abs().max() < 2e-4
+    least = 2 * 19 * (17 * 19) * 4 / 3  # of one row of the two pairs
+    assert max(sizes) <= max(limit, least) and len(sizes) >= 4 * 3
+    assert not block.corr_pyramid
+
+
 def counted(network):
     """How many frames each part of a network was given, and how often a flow was brought to full size."""
     calls = Counter()

@@ -195,3 +195,27 @@ def test_the_static_filter_takes_the_first_five_by_name() -> None:
     assert [clip.sample for clip in left] == ["a-1", "a-10", "a-11", "a-2", "a-4"]
     assert left[1].value is None and "static filter" in str(left[1].reason)
     assert static_only(held, {f"a-{n}": 0.0 for n in range(12)}, 5) == []
+
+
+def test_intervals_of_totals_cover_the_truth_as_often_as_they_say() -> None:
+    """200 drawn benchmarks of ten prompts, with effects of prompts that dimensions of one suite share."""
+    shared = {"motion_smoothness": "subject_consistency", "dynamic_degree": "subject_consistency"}
+    shared |= {"aesthetic_quality": "overall_consistency", "imaging_quality": "overall_consistency"}
+    rng = np.random.default_rng(7)
+    truth = t2v_totals(dict.fromkeys((*QUALITY, *SEMANTIC), 0.5))
+    hits = dict.fromkeys(truth, 0)
+    for _ in range(200):
+        effects: dict[str, np.ndarray] = {}
+        means = {}
+        for name in (*QUALITY, *SEMANTIC):
+            suite = shared.get(name, name)
+            effect = effects.setdefault(suite, 0.1 * rng.normal(size=10))
+            values = 0.5 + np.repeat(effect, 3) + 0.08 * rng.normal(size=30)
+            prompts = [f"{suite} {number // 3}" for number in range(30)]
+            counts = [{"pairs": float(n), "frames": float(n)} for n in rng.integers(8, 40, 30)]
+            held = clips((values * DIMENSIONS[name].divisor).tolist(), prompts, counts)
+            means[name] = dimension_mean(name, held, limits=(None, None))
+        for total, figure in total_ends(means, t2v_totals).items():
+            low, high = figure.ci95 or (1.0, 0.0)
+            hits[total] += low <= (truth[total].value or 0.0) <= high
+    assert all(0.90 <= hit / 200 <= 0.995 for hit in hits.values()), hits

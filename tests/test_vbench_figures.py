@@ -183,3 +183,15 @@ def test_booleans_are_booleans_and_failures_count_as_zero_in_the_open(tmp_path: 
     assert rows[3]["error"].endswith("is truncated (x)") and rows[3]["video_results"] == 0.0
     assert dimension.failed == 1 and dimension.reasons == {"is truncated (x)": 1}
     assert dimension.score == pytest.approx(sum(bool(row["video_results"]) for row in rows) / 20)
+
+
+def test_a_verdict_has_bounds_though_the_speeds_beside_it_have_none(tmp_path: Path) -> None:
+    case = Case(tmp_path, "dynamic_degree", on_error="skip")
+    case.jobs[0].cls.score_range = (0.0, None)  # as the evaluator declares, for `share` and `motion` too
+    for row in case.rows:
+        row["score"] = float(row["score"] > 0.5)
+    case.rows[3]["score"] = None
+    (dimension,) = case.write().dimensions
+    moving = sum(row["score"] or 0 for row in case.rows)
+    assert dimension.score == pytest.approx(moving / 19)
+    assert dimension.bounds == pytest.approx((moving / 20, (moving + 1) / 20))

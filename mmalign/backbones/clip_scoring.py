@@ -47,6 +47,7 @@ FORWARD_CHUNK = 64
 PASS_PIXELS = FORWARD_CHUNK * 512 * 512
 """Of pictures that are resized at once: as float32, and the copies that resizing makes, large ones fill any memory."""
 TEXTS_KEPT = 4096
+ELONGATED = 8  # times as long as wide, from which on a picture is not resized whole before it is cropped
 Resize = Callable[[Tensor, int], Tensor]
 
 
@@ -112,6 +113,8 @@ def resize_crop(
     new = (short, long) if height <= width else (long, short)
     top, left = (_offset(side, size, centre) for side in new)
     resized = min(height, width) != short
+    if resized and not antialias and max(height, width) > ELONGATED * min(height, width):
+        return _window(images, new, (top, left), size)
     if resized and (overshoot or not antialias):
         images = F.interpolate(images, size=new, mode="bicubic", align_corners=False, antialias=antialias)
     elif resized:
@@ -119,6 +122,31 @@ def resize_crop(
         images = pil_pass(images, (height, new[1]), levels)[..., left : left + size]
         return pil_pass(images, (new[0], size), levels)[..., top : top + size, :]
     return images[..., top : top + size, left : left + size]
+
+
+def _window(images: Tensor, new: tuple[int, int], start: tuple[int, int], size: int) -> Tensor:
+    """The square [size, size] from `start` on of images resized to `new`, bicubically without a filter.
+
+    Of the longer side only what the square shows is computed: the whole of a sliver would fill any memory.
+    """
+    wide = images.shape[-1] > images.shape[-2]
+    x, place = (images, start[1]) if wide else (images.mT, start[0])
+    old = x.shape[-1]
+    # In float32, as PyTorch places its points: exact ones are 1e-3 of a pixel away in a sliver.
+    centres = (torch.arange(place, place + size, dtype=torch.float32) + 0.5) * (
+        torch.tensor(float(old)) / max(new)
+    ) - 0.5
+    first = centres.floor()
+    apart = ((centres - first)[:, None] - torch.arange(-1, 3)).abs()
+    # Keys' kernel with a = -0.75, as PyTorch has it.
+    near, far = (1.25 * apart - 2.25) * apart**2 + 1, ((-0.75 * apart + 3.75) * apart - 6) * apart + 3
+    weights = torch.where(apart <= 1, near, far).to(x)
+    taps = (first.long()[:, None] + torch.arange(-1, 3)).clamp(0, old - 1).to(x.device)
+    cut = (x[..., taps] * weights).sum(-1)
+    cut = F.interpolate(cut, size=(min(new), size), mode="bicubic", align_corners=False)
+    across = start[0] if wide else start[1]  # where the shortest side is longer than the square
+    cut = cut[..., across : across + size, :]
+    return cut if wide else cut.mT
 
 
 def _offset(side: int, size: int, centre: str) -> int:
@@ -183,16 +211,17 @@ def tower_pixels(images: Tensor, resize: Resize, preprocess: Preprocess, device:
         float32 [N, 3, side, side] on the device, normalised.
     """
     parts = []
-    for chunk in images.split(_at_once(images)):
+    for chunk in images.split(_at_once(images, preprocess.size)):
         chunk = chunk.to(device)
         chunk = chunk.float().div(255) if chunk.dtype == torch.uint8 else chunk.float()
         parts.append(preprocess.normalise(resize(chunk, preprocess.size)))
     return torch.cat(parts)
 
 
-def _at_once(images: Tensor) -> int:
-    """How many pictures of this size [..., H, W] are resized in one go."""
-    return max(1, min(FORWARD_CHUNK, PASS_PIXELS // (images.shape[-2] * images.shape[-1])))
+def _at_once(images: Tensor, size: int) -> int:
+    """How many pictures of this size [..., H, W] are resized in one go, their shortest side to `size`."""
+    short, long = sorted(images.shape[-2:])
+    return max(1, min(FORWARD_CHUNK, PASS_PIXELS // max(short * long, size * size * long // short)))
 
 
 def frame_pixels(clips: Sequence[Tensor], resize: Resize, preprocess: Preprocess, device: torch.device) -> Tensor:
@@ -207,7 +236,7 @@ def frame_pixels(clips: Sequence[Tensor], resize: Resize, preprocess: Preprocess
         # One resize for all frames of a size; the tower then sees full batches whatever the sizes were.
         rows = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in members]).to(device)
         frames = [frame for index in members for frame in clips[index]]
-        step = _at_once(frames[0])
+        step = _at_once(frames[0], preprocess.size)
         for start in range(0, len(frames), step):
             # One by one: from page-locked memory each is fetched while the next is prepared.
             there = [frame.to(device, non_blocking=True) for frame in frames[start : start + step]]

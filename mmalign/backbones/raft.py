@@ -43,6 +43,8 @@ takes what lies outside such a level as zero, as it does everywhere else.
 """
 LEVELS = 4
 NO_RAFT = "these tensors are no RAFT; get raft-things.pth or torchvision's C_T_V1 file."
+VOLUME = 1_100_000_000
+"""Correlations of a pass that are kept: those of a pair of 1920 x 1080, 4.2 GB, and a third more for coarser levels."""
 # Pixels that go through the network at once; more only if one frame, or one pair, has more. A CPU gains nothing by
 # batches, and loses its cache by them.
 CPU_PIXELS, GPU_PIXELS = 1 << 17, 1 << 20
@@ -100,14 +102,39 @@ def build_raft(sizes: RaftSizes | None = None) -> nn.Module:
 
 
 def _pyramid(radius: int) -> Any:
-    """torchvision's correlation block, which also takes frames that are too small for its four levels."""
+    """torchvision's correlation block, which also takes frames that are too small for its four levels, or very large.
+
+    Correlations of more numbers than `VOLUME` are computed anew at each look, a few rows of the first frame at a time.
+    """
     from torchvision.models.optical_flow.raft import CorrBlock
 
     class Pyramid(CorrBlock):
+        limit = VOLUME
+        maps: tuple[Tensor, Tensor] | None = None
+
         def build_pyramid(self, fmap1: Tensor, fmap2: Tensor) -> None:
-            volume = self._compute_corr_volume(fmap1, fmap2)
-            _, height, width, _, _, _ = volume.shape
-            volume, self.corr_pyramid = volume.reshape(-1, 1, height, width), []
+            size, _, height, width = fmap1.shape
+            self.maps, self.corr_pyramid = (fmap1, fmap2), []
+            if size * (height * width) ** 2 <= self.limit:
+                self.corr_pyramid, self.maps = self.levels(fmap1, fmap2), None
+
+        def index_pyramid(self, centroids_coords: Tensor) -> Tensor:
+            if self.maps is None:
+                looked_up: Tensor = super().index_pyramid(centroids_coords)
+                return looked_up
+            first, second = self.maps
+            size, _, height, width = first.shape
+            rows, parts = max(1, self.limit // (4 * size * height * width**2)), []
+            for some, places in zip(first.split(rows, 2), centroids_coords.split(rows, 2), strict=True):
+                self.corr_pyramid = self.levels(some, second)
+                parts.append(super().index_pyramid(places))
+            self.corr_pyramid = []
+            return torch.cat(parts, dim=2)
+
+        def levels(self, fmap1: Tensor, fmap2: Tensor) -> list[Tensor]:
+            _, channels, height, width = fmap2.shape
+            volume = torch.matmul(fmap1.flatten(2).mT, fmap2.flatten(2)).div_(math.sqrt(channels))
+            volume, pyramid = volume.reshape(-1, 1, height, width), []
             for level in range(self.num_levels):
                 if level:
                     height, width = height // 2, width // 2
@@ -115,7 +142,8 @@ def _pyramid(radius: int) -> Any:
                     volume = F.avg_pool2d(volume, 2) if whole else volume.new_zeros(len(volume), 1, 1, 1)
                 # A level of one cell has no width to divide by; zeros beside it are what lies outside of any level.
                 missing = [max(0, 2 - side) for side in (volume.shape[3], volume.shape[2])]
-                self.corr_pyramid.append(F.pad(volume, (0, missing[0], 0, missing[1])) if any(missing) else volume)
+                pyramid.append(F.pad(volume, (0, missing[0], 0, missing[1])) if any(missing) else volume)
+            return pyramid
 
     return Pyramid(num_levels=LEVELS, radius=radius)
 

@@ -40,6 +40,8 @@ class ClipScore:
         counts: how much there was to measure, by name (pairs, frames).
         reason: why there is no value.
         missing: whether the clip is not there.
+        text: its prompt, word for word, where `prompt` is another name for it.
+        parts: all sub-scores by name, for dimensions that no single one of them decides.
     """
 
     sample: str
@@ -49,6 +51,8 @@ class ClipScore:
     counts: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
     missing: bool = False
+    text: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Mean:
         replicates: bootstrap scores, for totals.
         clusters: how many prompts.
         unjudged: clips with nothing to judge, which are in no mean.
+        problem: why a dimension whose clips have scores has none.
     """
 
     score: float | None
@@ -70,6 +75,7 @@ class Mean:
     replicates: npt.NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
     clusters: int = 0
     unjudged: int = 0
+    problem: str | None = None
 
 
 def dimension_mean(
