@@ -45,7 +45,9 @@ LEVELS = 4
 NO_RAFT = "these tensors are no RAFT; get raft-things.pth or torchvision's C_T_V1 file."
 VOLUME = 1_100_000_000
 """Correlations of a pass that are kept: those of a pair of 1920 x 1080, 4.2 GB, and a third more for coarser levels."""
-PIXELS = 1 << 20  # that go through the network at once; more only if one frame, or one pair, has more
+# Pixels that go through the network at once; more only if one frame, or one pair, has more. A CPU gains nothing by
+# batches, and loses its cache by them.
+CPU_PIXELS, GPU_PIXELS = 1 << 17, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -272,15 +274,22 @@ class RaftFlow:
         network: of `build_raft`; it is put into evaluation mode, so that the context encoder's batch norms take their
             stored statistics. The feature encoder's instance norms take each frame's own. So a frame's encoding depends
             on no other frame, and sharing it changes nothing.
-        pixels: bound on what goes through at once.
+        pixels: bound on what goes through at once; by default as much as suits the device.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device | str = "cpu", pixels: int = PIXELS):
+    def __init__(self, network: nn.Module, device: torch.device | str = "cpu", pixels: int | None = None):
         net: Any = network.eval().requires_grad_(False).float().to(device)
-        self.device, self.pixels = torch.device(device), pixels
+        self.device = torch.device(device)
+        on_cpu = self.device.type == "cpu"
+        self.pixels = pixels or (CPU_PIXELS if on_cpu else GPU_PIXELS)
+        # oneDNN's kernels are the fastest where channels lie together; the feature encoder's instance norms undo that.
+        self.layout = torch.channels_last if on_cpu else torch.contiguous_format
+        for part in (net.context_encoder, net.update_block, net.mask_predictor):
+            part.to(memory_format=self.layout)
         self.network, block = net, net.update_block
         context = net.context_encoder.output_dim - block.hidden_state_size
-        self.gates = [_Gates(gru, context) for gru in (block.recurrent_block.convgru1, block.recurrent_block.convgru2)]
+        recurrent = block.recurrent_block
+        self.gates = [_Gates(gru, context, self.layout) for gru in (recurrent.convgru1, recurrent.convgru2)]
 
     @torch.no_grad()
     def flows(
@@ -337,13 +346,14 @@ class RaftFlow:
         net = self.network
         net.corr_block.build_pyramid(first, second)
         block, size = net.update_block, net.update_block.hidden_state_size
+        context = context.contiguous(memory_format=self.layout)
         hidden, context = context[:, :size].tanh(), context[:, size:].relu()
         known = [gates.of_context(context) for gates in self.gates]
         origin = make_coords_grid(len(first), *first.shape[-2:]).to(first.device)
         coords = origin
         for _ in range(updates):
             looked_up = net.corr_block.index_pyramid(centroids_coords=coords)
-            motion = block.motion_encoder(coords - origin, looked_up)
+            motion = block.motion_encoder((coords - origin).contiguous(memory_format=self.layout), looked_up)
             for gates, part in zip(self.gates, known, strict=True):
                 hidden = gates(hidden, motion, part)
             coords = coords + block.flow_head(hidden)
@@ -361,9 +371,10 @@ class _Gates:
     Args:
         gru: torchvision's ConvGRU, on (hidden, context, motion).
         context: channels of the context.
+        layout: of the kernels in memory.
     """
 
-    def __init__(self, gru: Any, context: int):
+    def __init__(self, gru: Any, context: int, layout: torch.memory_format = torch.contiguous_format):
         self.padding = gru.convz.padding
         hidden = gru.convz.out_channels
         parts = [hidden, context, gru.convz.in_channels - hidden - context]
@@ -372,8 +383,9 @@ class _Gates:
         for convs in ((gru.convz, gru.convr), (gru.convq,)):
             weight = torch.cat([conv.weight for conv in convs])
             own, of_context, motion = weight.split(parts, dim=1)
-            self.fixed.append((of_context.contiguous(), torch.cat([conv.bias for conv in convs])))
-            self.moving.append(torch.cat([own, motion], dim=1))
+            bias = torch.cat([conv.bias for conv in convs])
+            self.fixed.append((of_context.contiguous(memory_format=layout), bias))
+            self.moving.append(torch.cat([own, motion], dim=1).contiguous(memory_format=layout))
 
     def of_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """What context and biases add to both gates, and to the new state: [n, 2 * hidden, h, w], [n, hidden, h, w]."""
