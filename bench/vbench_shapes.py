@@ -412,10 +412,10 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", choices=tuple(TRAINED), help="train these alone (once per core) and end")
     chosen = parser.parse_args()
     if chosen.train:
-        train(chosen.work / f"weights-{chosen.seed}", chosen.train, chosen.seed)
+        train(chosen.work.resolve() / f"weights-{chosen.seed}", chosen.train, chosen.seed)
         return
     if not chosen.table:
-        measure(chosen.work, chosen.count, chosen.seed)
+        measure(chosen.work.resolve(), chosen.count, chosen.seed)
     print(table())
 
 
