@@ -253,7 +253,7 @@ def measure(work: Path, names: Sequence[str], off_target: bool, count: int, seed
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     for name in names:
         began = time.perf_counter()
-        found = score(work / f"seed-{seed}", weights, name, off_target, count, seed)
+        found = score(work / f"seed-{seed}-{count}", weights, name, off_target, count, seed)
         seconds = time.perf_counter() - began
         with LEDGER.open("a", encoding="utf-8") as ledger:
             for (series, label, subscore), (truth, scores) in sorted(found.items()):
@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--on-target", action="store_true", help="leave out dimensions that a fault should not move")
     parser.add_argument("--no-training", action="store_true", help="leave out dimensions whose network is missing")
     chosen = parser.parse_args()
+    chosen.work = chosen.work.resolve()  # a table's relative paths start at its own folder
     if not chosen.table and not chosen.no_training:
         train(chosen.work / f"weights-{chosen.seed}", chosen.train or tuple(TRAINED), chosen.seed)
     if chosen.train:
