@@ -290,7 +290,7 @@ def _take_pyav(media: Source, picks: _Picks, expected: Timeline) -> Timeline:
     name, count, told = picks.name, 0, []
     with open_clip(media) as container:
         stream = stream_of(container, name)
-        stream.thread_type = "AUTO"
+        stream.thread_type = "SLICE"  # with frames in threads the mark of a damaged one is lost now and then
         # FFmpeg's own limit is that of its arithmetic.
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         try:

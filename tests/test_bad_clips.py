@@ -18,7 +18,7 @@ from table_kit import png, put_json
 from test_video import FAST_START, REAL_CLIP, cut_off, damaged, turned
 
 from mmalign.jobs_inputs import Data
-from mmalign.media import MediaError, clip_facts, clip_frames, read_image, write_image, write_video
+from mmalign.media import MediaError, clip_facts, clip_frames, read_image, read_video, write_image, write_video
 from mmalign.tables import read_preferences
 from mmalign.tasks import sources
 
@@ -179,3 +179,11 @@ def test_pictures_keep_the_reason_that_they_had(tmp_path: Path) -> None:
     path = put_json(tmp_path / "p.jsonl", [{"prompt": "p", "media": ["a.png", "b.png"], "label": "A"}])
     with pytest.raises(ValueError, match="1 undecodable image"):
         read_preferences(path)
+
+
+def test_damage_is_seen_every_time(tmp_path: Path) -> None:
+    """FFmpeg that decodes frames in threads forgets in some of a hundred reads that one is damaged."""
+    clip = damaged_matroska(tmp_path / "damaged.mkv")
+    for _ in range(100):
+        with pytest.raises(MediaError, match="damaged"):
+            read_video(clip)
