@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -46,38 +46,17 @@ def write(plan: Plan, config: ScoreConfig, table: pa.Table, libraries: Mapping[s
     """
     block = config.vbench
     assert block is not None
-    scored = _clip_scores(plan, table)
-    jobs = {job.label: job for job in plan.jobs if base(job.label) in DIMENSIONS}
-    means: dict[str, Mean] = {}
-    dimensions: list[DimensionScore] = []
-    results: dict[str, DimensionResults] = {}
-    order = {name: place for place, name in enumerate(DIMENSIONS)}
-    for label in sorted(jobs, key=lambda each: (order[base(each)], "@" in each, each)):
-        job, name, clips = jobs[label], base(label), scored[label]
-        notes: list[str] = []
-        if name == FLICKERING:
-            clips = _filtered(clips, scored, plan, block, notes)
-        if name in TRUST:
-            mean = trust_mean(name, clips, rules=block.rules, policy=block.on_error)
-        else:
-            low, high = job.cls.bounds(job.params)
-            least, most = DIMENSIONS[name].limits
-            limits = (least if low is None else low, most if high is None else high)
-            mean = dimension_mean(name, clips, rules=block.rules, policy=block.on_error, limits=limits)
-        shown = _shown_label(label, block, config.dtype, bool(job.cls.backbone_specs(job.params)))
-        means[shown] = mean
-        dimensions.append(_dimension(shown, job, clips, mean, block, notes))
-        kept = tuple(_clip(name, clip) for clip in clips if clip.value is not None or block.on_error == "zero")
-        results[shown] = DimensionResults(mean.score, kept)
+    scored = _scored(plan, config, block, table)
+    means = {each.record.name: each.mean for each in scored}
     totals = i2v_totals if set(map(base, means)) & set(I2V) else t2v_totals
     figures = total_ends(means, lambda scores: totals(scores, rules="strict", substitutes=block.substitutes))
     if suite_of(means) == "trust":  # which no total is made of
         figures = {}
-    paths = write_eval_results(results, config.output, block.name)
+    paths = write_eval_results({each.record.name: each.results for each in scored}, config.output, block.name)
     _write_full_info(plan, config, block)
     suite = None if block.suite is None else read_suite(block.suite)
     record = VBenchRecord(
-        dimensions=tuple(dimensions),
+        dimensions=tuple(each.record for each in scored),
         totals=figures,
         rules=block.rules,
         quirks=tuple(each.id for each in of_dimensions(means, rules=block.rules)),
@@ -93,6 +72,39 @@ def write(plan: Plan, config: ScoreConfig, table: pa.Table, libraries: Mapping[s
     )
     write_record(record, config.output)
     return record
+
+
+class _Scored(NamedTuple):
+    """A dimension: its mean, and what the two files say of it."""
+
+    mean: Mean
+    record: DimensionScore
+    results: DimensionResults
+
+
+def _scored(plan: Plan, config: ScoreConfig, block: VBench, table: pa.Table) -> list[_Scored]:
+    """Every dimension that was asked for, in the order of the leaderboard, substitutes after what they stand for."""
+    scored = _clip_scores(plan, table)
+    jobs = {job.label: job for job in plan.jobs if base(job.label) in DIMENSIONS}
+    order = {name: place for place, name in enumerate(DIMENSIONS)}
+    found = []
+    for label in sorted(jobs, key=lambda each: (order[base(each)], "@" in each, each)):
+        job, name, clips = jobs[label], base(label), scored[label]
+        notes: list[str] = []
+        if name == FLICKERING:
+            clips = _filtered(clips, scored, plan, block, notes)
+        if name in TRUST:
+            mean = trust_mean(name, clips, rules=block.rules, policy=block.on_error)
+        else:
+            low, high = job.cls.bounds(job.params)
+            least, most = DIMENSIONS[name].limits
+            limits = (least if low is None else low, most if high is None else high)
+            mean = dimension_mean(name, clips, rules=block.rules, policy=block.on_error, limits=limits)
+        shown = _shown_label(label, block, config.dtype, bool(job.cls.backbone_specs(job.params)))
+        kept = tuple(_clip(name, clip) for clip in clips if clip.value is not None or block.on_error == "zero")
+        record = _dimension(shown, job, clips, mean, block, notes)
+        found.append(_Scored(mean, record, DimensionResults(mean.score, kept)))
+    return found
 
 
 _PARTS = {"total": ("quality", "semantic"), "i2v_total": ("i2v", "i2v_quality")}

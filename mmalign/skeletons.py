@@ -174,9 +174,7 @@ def _class_name(name: str) -> str:
 def _check_name(name: str) -> None:
     parts = name.split("@")
     if len(parts) > 2 or not all(re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", part) for part in parts):
-        near = "@".join(
-            re.sub(r"^[0-9_]+|_+$", "", re.sub(r"[^a-z0-9]+", "_", _snake(part))) for part in parts[:2]
-        ).strip("@")
+        near = "@".join(map(_nearest, parts[:2])).strip("@")
         hint = f"; write {near}" if re.fullmatch(r"[a-z][a-z0-9_]*(@[a-z][a-z0-9_]*)?", near) else ""
         raise ValueError(
             f"{name!r} is no name for an evaluator: lower case, digits and single underscores, a letter first, and at "
@@ -192,6 +190,13 @@ def _check_name(name: str) -> None:
     found = find_evaluators()
     if name in found:
         raise ValueError(f"there is an evaluator {name} already ({found[name].origin}); take another name")
+
+
+def _nearest(part: str) -> str:
+    """The name that was most likely meant; what begins with a digit loses it, unless hardly anything is left."""
+    whole = re.sub(r"[^a-z0-9]+", "_", _snake(part)).strip("_")
+    rest = whole.lstrip("0123456789_")
+    return rest if len(rest) > 1 or rest == whole else f"score_{whole}"
 
 
 def _snake(text: str) -> str:

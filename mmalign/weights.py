@@ -142,7 +142,7 @@ def find_checkpoint(path: str | Path | None, known: str, parameter: str = "check
     name = f" The authors' name for it is {entry.files[0]}, of {entry.repo}." if entry.by_hand else ""
     own = None if entry.keys in NO_TENSORS else scorer_of(folder)
     fitted = f" What is there was fitted by `mmalign train`; it is scored by {own}." if own else ""
-    message = f"{known} weights: {found}.{fitted} {how} and set `{parameter}` to the file or its folder.{name}"
+    message = f"{known} weights: {found}.{fitted} {how}, and set `{parameter}` to the file or its folder.{name}"
     missing = MissingWeights(known, found, message)
     met = _MET.get()
     if met is None:

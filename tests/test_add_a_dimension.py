@@ -108,6 +108,7 @@ def test_the_skeleton_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("MyScore", "write my_score"),
         ("my-score", "write my_score"),
         ("2fast", "write fast"),
+        ("3d", "write score_3d"),
         ("a__b", "write a_b"),
         ("_hidden", "write hidden"),
         ("color@a@b", "at most one @"),

@@ -195,3 +195,10 @@ def test_a_folder_without_clips_of_the_suite_is_refused(tmp_path):
         {PROMPTS[0]: ["a still lake.MP4"], PROMPTS[1]: [], PROMPTS[2]: []},
         1,
     )
+
+
+def test_weights_that_are_not_there_are_asked_for_by_the_name_of_the_option(folder, suite, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMALIGN_WEIGHTS", str(tmp_path / "none"))
+    done = CliRunner().invoke(app, ["vbench", "static-filter", str(folder), "--suite", str(suite), "-o", str(tmp_path)])
+    assert "give as --weights the file or its folder" in str(done.exception or done.output)
+    assert "checkpoint" not in str(done.exception or done.output)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from mmalign.vbench.clips import Found
 
 
 def check(
@@ -56,23 +59,26 @@ def check(
             )
         found = find(media, block, asked or known or ["human_action"], scoring=False)
     if as_json:
-        told = {
-            "clips": len(found.rows),
-            "missing": sorted(found.missing),
-            "dimensions": {
-                each.dimension: {"expected": each.expected, "found": each.found, "missing": list(each.missing)}
-                for each in found.coverage
-            },
-            "causes": list(found.causes),
-            "others": list(found.others),
-            "notes": list(found.notes),
-        }
-        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(_told(found), indent=2, ensure_ascii=False))
     else:
         there = len(found.rows) - len(found.missing)
         typer.echo("\n".join([*found.lines(), f"{media}: {there} of {len(found.rows)} clips are there"]))
     if found.missing:
         raise typer.Exit(1)
+
+
+def _told(found: Found) -> dict[str, Any]:
+    return {
+        "clips": len(found.rows),
+        "missing": sorted(found.missing),
+        "dimensions": {
+            each.dimension: {"expected": each.expected, "found": each.found, "missing": list(each.missing)}
+            for each in found.coverage
+        },
+        "causes": list(found.causes),
+        "others": list(found.others),
+        "notes": list(found.notes),
+    }
 
 
 def crop(

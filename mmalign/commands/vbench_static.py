@@ -40,12 +40,16 @@ def static_filter(
         mmalign vbench static-filter runs/flicker --suite VBench_full_info.json -o runs/static --weights raft-things.pth
     """
     from mmalign.static_filter import Settings, run
+    from mmalign.weights import MissingWeights
 
     params: dict[str, object] = {"network": network, "rules": rules, "early": not whole}
     if weights is not None:
         params["checkpoint"] = str(weights.absolute())
     scoring = {"device": device, "processes": processes}
-    found = run(Settings(folder, suite, output, clips, params, scoring))
+    try:
+        found = run(Settings(folder, suite, output, clips, params, scoring))
+    except MissingWeights as missing:
+        raise ValueError(str(missing).replace("set `checkpoint` to the file", "give as --weights the file")) from None
     typer.echo("\n".join([*found.account(), f"clips: {output / 'filtered_videos'}"]))
     if not any(found.static.values()):
         typer.echo("error: no clip is static; the reasons stand above", err=True)

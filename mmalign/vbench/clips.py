@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from mmalign.media_folder import table_in
 from mmalign.media_table import MediaRow, read_media_table
@@ -122,48 +123,27 @@ def from_folder(
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; media names the folder of the clips, or a media table")
     homes = {HOMES.get(name, name) for each in prompts for name in each.dimensions}
-    parted = sorted(home for home in homes if (folder / home).is_dir())
-    if parted:
-        flat = Clips(folder, [each.prompt for each in prompts])
-        parted = [] if any(flat.numbers(each.prompt) for each in prompts) else parted
-    rows: list[MediaRow] = []
-    missing: set[str] = set()
-    notes: list[str] = []
-    others: list[str] = []
-    why: list[str] = []
+    parted = _parted(folder, homes, prompts)
+    rest = homes - set(parted) if parted else set()
+    parts = []
     for home in parted or [""]:
         asked = [each for each in (_at_home(each, home) for each in prompts) if each.dimensions] if home else prompts
-        held = Clips(folder / home, [each.prompt for each in asked])
-        _refuse_collisions(held)
-        place = f"{home}/" if home else ""
-        found = _rows(held, asked, samples, filtered, place, images or {})
-        rows += [row for row, _ in found]
-        gone = {row.sample for row, there in found if not there}
-        missing |= gone
-        taken = {str(row.media) for row, there in found if there}
-        left = [clip for clip in held.files if clip.path not in taken]
-        others += [place + clip.name for clip in left] + [place + name for name in held.others]
-        if gone:
-            why += [each for each in causes(held, asked, samples, left) if each not in why]
-        notes += _notes(held, asked, samples, filtered)
-    rest = homes - set(parted)
-    if parted and rest:
-        for each in prompts:  # a folder that is not there at all
-            for home in sorted({HOMES.get(name, name) for name in each.dimensions} & rest):
-                one = _at_home(each, home)
-                for number in range(samples):
-                    path = os.path.abspath(folder / home / f"{one.prompt.replace('/', '_')}-{number}.mp4")
-                    rows.append(_row(one, f"{home}/{one.prompt}-{number}", path, images or {}, False))
-                    missing.add(rows[-1].sample)
+        parts.append(_part(folder, home, asked, samples, filtered, images or {}))
+    if rest:
+        parts.append(_absent(folder, rest, prompts, samples, images or {}))
+    rows = [row for part in parts for row in part.rows]
+    missing = {name for part in parts for name in part.missing}
+    why = list(dict.fromkeys(each for part in parts for each in part.why))
+    if rest:
         why.append(f"there is no folder {', '.join(sorted(rest))} beside {', '.join(parted)}")
     used = {os.path.basename(str(row.media)) for row in rows if row.sample not in missing}
-    others = [name for name in others if name.rstrip("/") not in {*used, *parted}]
+    others = [name for part in parts for name in part.others if name.rstrip("/") not in {*used, *parted}]
+    notes = tuple(each for part in parts for each in part.notes)
     if len(missing) == len(rows):
         told = "; ".join(why) or "are these the clips of another suite?"
         example = os.path.basename(str(rows[0].media))
         raise ValueError(f"{folder} has none of the {len(rows)} clips, such as {example!r}: {told}")
-    coverage = _coverage(rows, missing)
-    return Found(tuple(rows), coverage, frozenset(missing), tuple(why), tuple(others), tuple(notes))
+    return Found(tuple(rows), _coverage(rows, missing), frozenset(missing), tuple(why), tuple(others), notes)
 
 
 def from_table(
@@ -192,22 +172,14 @@ def from_table(
         static = filtered and FLICKERING in each.dimensions
         further += [] if static else [row.sample for row in mine[samples:]]
         for number, row in enumerate(mine if static else mine[:samples]):
-            wanted = set(each.dimensions if number < samples else (FLICKERING,)) & set(
-                row.dimensions or each.dimensions
-            )
+            wanted = {*(each.dimensions if number < samples else (FLICKERING,))} & {
+                *(row.dimensions or each.dimensions)
+            }
             only = dataclasses.replace(each, dimensions=tuple(name for name in each.dimensions if name in wanted))
-            whole = _row(only, row.sample, row.media, images or {}, filtered)
-            own = dataclasses.replace(
-                row,
-                modality="video",
-                group=whole.group,
-                prompt=whole.prompt,
-                dimensions=whole.dimensions,
-                reference=row.reference or whole.reference,
-                aux={**whole.aux, **row.aux},
-            )
-            rows += [own] if only.dimensions else []
-            if only.dimensions and isinstance(row.media, str) and not os.path.lexists(row.media):
+            if not only.dimensions:
+                continue
+            rows.append(_of_suite(row, _row(only, row.sample, row.media, images or {}, filtered)))
+            if isinstance(row.media, str) and not os.path.lexists(row.media):
                 missing.add(row.sample)
         for number in range(len(mine), samples):
             path = os.path.abspath(table.parent / f"{each.prompt.replace('/', '_')}-{number}.mp4")
@@ -258,6 +230,59 @@ def find_images(folder: Path, names: Collection[str], ratio: str | None) -> dict
 # ------------------------------------------------------------------------------------------------ parts
 
 
+class _Part(NamedTuple):
+    """What one folder of a suite's clips has, and lacks."""
+
+    rows: list[MediaRow]
+    missing: set[str]
+    others: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    why: Sequence[str] = ()
+
+
+def _parted(folder: Path, homes: Collection[str], prompts: Sequence[SuitePrompt]) -> list[str]:
+    """The folders, one per prompt file, in which the clips lie; none where they lie side by side."""
+    parted = sorted(home for home in homes if (folder / home).is_dir())
+    if not parted:
+        return []
+    flat = Clips(folder, [each.prompt for each in prompts])
+    return [] if any(flat.numbers(each.prompt) for each in prompts) else parted
+
+
+def _part(
+    folder: Path,
+    home: str,
+    asked: Sequence[SuitePrompt],
+    samples: int,
+    filtered: bool,
+    images: Mapping[str, str],
+) -> _Part:
+    held = Clips(folder / home, [each.prompt for each in asked])
+    _refuse_collisions(held)
+    place = f"{home}/" if home else ""
+    found = _rows(held, asked, samples, filtered, place, images)
+    missing = {row.sample for row, there in found if not there}
+    taken = {str(row.media) for row, there in found if there}
+    left = [clip for clip in held.files if clip.path not in taken]
+    others = [place + clip.name for clip in left] + [place + name for name in held.others]
+    why = causes(held, asked, samples, left) if missing else ()
+    return _Part([row for row, _ in found], missing, others, _notes(held, asked, samples, filtered), why)
+
+
+def _absent(
+    folder: Path, homes: Collection[str], prompts: Sequence[SuitePrompt], samples: int, images: Mapping[str, str]
+) -> _Part:
+    """The clips of folders that are not there at all."""
+    rows = []
+    for each in prompts:
+        for home in sorted({HOMES.get(name, name) for name in each.dimensions} & set(homes)):
+            one = _at_home(each, home)
+            for number in range(samples):
+                path = os.path.abspath(folder / home / f"{one.prompt.replace('/', '_')}-{number}.mp4")
+                rows.append(_row(one, f"{home}/{one.prompt}-{number}", path, images, False))
+    return _Part(rows, {row.sample for row in rows})
+
+
 def _at_home(prompt: SuitePrompt, home: str) -> SuitePrompt:
     names = tuple(name for name in prompt.dimensions if HOMES.get(name, name) == home)
     return dataclasses.replace(prompt, dimensions=names)
@@ -292,6 +317,19 @@ def _row(each: SuitePrompt, sample: str, media: object, images: Mapping[str, str
         reference=images.get(each.image) if each.image else None,
         dimensions=(*each.dimensions, *further),
         aux=dict(each.aux),
+    )
+
+
+def _of_suite(row: MediaRow, suite: MediaRow) -> MediaRow:
+    """A table's row, with what the suite says of its prompt."""
+    return dataclasses.replace(
+        row,
+        modality="video",
+        group=suite.group,
+        prompt=suite.prompt,
+        dimensions=suite.dimensions,
+        reference=row.reference or suite.reference,
+        aux={**suite.aux, **row.aux},
     )
 
 
