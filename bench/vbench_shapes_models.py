@@ -30,6 +30,7 @@ from mmalign.shapes.clip_data import DrawnClip, drawn_clips
 from mmalign.shapes.damage import spoil
 from mmalign.shapes.motion import DIRECTIONS
 from mmalign.shapes.scene import SIDE, signed_distance
+from mmalign.vbench.actions import shown
 
 __all__ = ["ACTIONS", "FRAME", "TRAINED", "action_of"]
 
@@ -243,8 +244,8 @@ def train_umt(folder: Path, seed: int, steps: int = 2000) -> float:
     def loss_of(step: int) -> Tensor:
         chosen = torch.from_numpy(rng.choice(len(tokens), 16, replace=False))
         back = torch.from_numpy(rng.integers(2, size=16))
-        shown = torch.where(back.view(-1, 1, 1, 1) > 0, tokens[chosen].flip(1), tokens[chosen])
-        return F.cross_entropy(model(shown[:, UMT_FRAMES].flatten(1, 2)), ways[back, chosen])
+        seen = torch.where(back.view(-1, 1, 1, 1) > 0, tokens[chosen].flip(1), tokens[chosen])
+        return F.cross_entropy(model(seen[:, UMT_FRAMES].flatten(1, 2)), ways[back, chosen])
 
     loss = _train("UMT", model, steps, 2e-3, loss_of)
     _tell_held_out(model, projection, seed + 50)
@@ -261,10 +262,25 @@ def _tell_held_out(model: UmtModel, projection: nn.Module, seed: int) -> None:
     items = _clips(200, seed, FRAME, held_out=True, counts=(1.0, 0.0))
     targets = torch.tensor([_turned(action_of(item), {}) for item, _ in items])
     logits = model(_umt_tokens(projection, (clip for _, clip in items))[:, UMT_FRAMES].flatten(1, 2))
-    loss, best = F.cross_entropy(logits, targets).item(), logits.topk(5)[1]
-    first = (best[:, 0] == targets).float().mean().item()
-    five = (best == targets[:, None]).any(1).float().mean().item()
-    print(f"UMT on 200 clips of held-out captions: loss {loss:.2f}, right {first:.2f}, in the top five {five:.2f}")
+    loss, best, ways = F.cross_entropy(logits, targets).item(), logits.topk(5)[1], len(ACTIONS) // len(KINDS)
+    classes, asked = torch.arange(len(ACTIONS)), targets[:, None]
+    kind, way = classes // ways == asked // ways, classes % ways == asked % ways
+    passed = torch.tensor([[shown(row, place) for place in range(len(ACTIONS))] for row in logits])
+    rates = {
+        "loss": loss,
+        "right": (best[:, 0] == targets).float().mean().item(),
+        "right in the top five": (best == asked).any(1).float().mean().item(),
+        "right kind": kind.gather(1, best[:, :1]).float().mean().item(),
+        "right direction": way.gather(1, best[:, :1]).float().mean().item(),
+        **{
+            f"passed, {name}": passed[where].float().mean().item()
+            for name, where in (
+                ("right", kind & way), ("of the kind", kind & ~way), ("of the direction", way & ~kind),
+                ("of neither", ~kind & ~way),
+            )
+        },
+    }  # fmt: skip
+    print("UMT on 200 clips of held-out captions:", "; ".join(f"{name} {value:.2f}" for name, value in rates.items()))
 
 
 def train_dino(folder: Path, seed: int, steps: int = 300) -> float:
