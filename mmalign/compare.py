@@ -374,7 +374,7 @@ def _compare_whole(row_a: dict[str, Any], row_b: dict[str, Any], higher_is_bette
 
 def cluster(row: dict[str, Any]) -> Hashable:
     """What a row was drawn with: its prompt. An item without one stands for itself."""
-    return row["prompt"] if row.get("prompt") is not None else ("sample", row["sample"])
+    return row.get("prompt") or ("sample", row["sample"])
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

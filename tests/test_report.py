@@ -310,6 +310,17 @@ def test_a_score_of_the_whole_set_has_no_interval_and_no_gallery(tmp_path):
     assert len(list(page.find("svg"))) == 1 and not list(page.find("span", class_="missing"))
 
 
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_items_without_a_prompt_each_stand_for_themselves(tmp_path, prompt):
+    media = picture(tmp_path / "x.png")
+    scores = [0.0, 1.0, 2.0, 4.0, 3.0]
+    write(tmp_path / "a", [row(str(i), score, media, prompt=prompt) for i, score in enumerate(scores)])
+    page = Page(build([tmp_path / "a"], tmp_path / "r.html").read_text())
+    text = next(text for _, text in page.find("tr", data_score="hps"))
+    ends = re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", text)
+    assert ends and 0 < float(ends[1]) < 2 < float(ends[2]) < 4
+
+
 def test_mistakes_are_named(inputs, tmp_path):
     out = tmp_path / "r.html"
     with pytest.raises(ValueError, match="at least one results folder"):
