@@ -131,3 +131,13 @@ def _source(tmp_path: Path) -> Path:
 
     (tmp_path / "in").mkdir()
     return table(tmp_path / "in", LISTS)
+
+
+@pytest.fixture(name="plugins")
+def _plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The evaluators of plugin_package, installed as somebody's package in the folder that it gives."""
+    from plugin_package import install
+
+    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
+    yield tmp_path / "site"
+    sys.modules.pop("plug_in_code", None)

@@ -25,13 +25,6 @@ from mmalign.testing import check_evaluator
 SHIPPED = {"hps", "clip_score", "aesthetic"}
 
 
-@pytest.fixture
-def plugins(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
-    yield tmp_path / "site"
-    sys.modules.pop("plug_in_code", None)
-
-
 # ------------------------------------------------------------------------------------------------ batches
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from plugin_package import install
 
 from mmalign import score_decode, score_store
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
@@ -21,12 +20,7 @@ from mmalign.score_plan import make_jobs
 from mmalign.score_store import SCHEMA, Store
 from mmalign.score_summary import account
 
-
-@pytest.fixture(autouse=True)
-def plugins(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
-    yield
-    sys.modules.pop("plug_in_code", None)
+pytestmark = pytest.mark.usefixtures("plugins")
 
 
 def pictures(folder, values, prompts=None, name="table.jsonl", **columns):

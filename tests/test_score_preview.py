@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plugin_package import install
 from safetensors.torch import save_file
 from scorer_kit import TINY, clip_folder
 from test_score import config, pictures
@@ -21,12 +20,7 @@ from mmalign.score import plan_for, run
 from mmalign.score_preview import preview, show
 from mmalign.weights import count_numbers, weight_files_of
 
-
-@pytest.fixture(autouse=True)
-def plugins(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
-    yield
-    sys.modules.pop("plug_in_code", None)
+pytestmark = pytest.mark.usefixtures("plugins")
 
 
 def previewed(settings):

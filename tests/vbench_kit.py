@@ -1,10 +1,17 @@
-"""A small RT-DETRv2 on COCO's classes and a small BLIP that captions, random, in the layout of published folders."""
+"""A small RT-DETRv2 on COCO's classes and a small BLIP that captions, random, in the layout of published folders.
+
+With their answers once more, by loops in float64.
+"""
+
+import functools
+import math
 
 import torch
 
 from mmalign.backbones.mask2former import COCO, VOC_NAMES
 
 SIDE = 64
+LEAST = 0.92  # about the middle of what the small detector says
 WORDS = (
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     *("a", "an", "of", "in", "the", "narrow", "alley", "library", "indoor", "march", "arch", "sky", "##scraper", "bar"),
@@ -89,3 +96,47 @@ def blip_folder(folder, seed=0):
 def clips(sizes=((SIDE, SIDE), (40, 90), (SIDE, SIDE)), frames=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, (frames, 3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+
+
+@functools.cache
+def doubled(name, folder):
+    import transformers
+
+    return getattr(transformers, name).from_pretrained(folder).double().eval()
+
+
+def expected_objects(folder, frame, least):
+    """From the network's raw answers, by loops in float64; the frame needs no resizing."""
+    model = doubled("RTDetrV2ForObjectDetection", folder)
+    with torch.no_grad():
+        output = model(pixel_values=frame[None].double() / 255)
+    pairs = []
+    for query, logits in enumerate(output.logits[0].tolist()):
+        pairs += [(1 / (1 + math.exp(-value)), query, label) for label, value in enumerate(logits)]
+    pairs.sort(reverse=True)
+    height, width = frame.shape[-2:]
+    found = []
+    for score, query, label in pairs[: len(output.logits[0])]:  # as many pairs as there are queries
+        if score > least:
+            x, y, w, h = output.pred_boxes[0, query].tolist()
+            box = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
+            found.append((COCO[label], box, score))
+    return found
+
+
+def greedy(folder, frame, longest):
+    """Word after word, the likeliest; the picture needs no resizing."""
+    model = doubled("BlipForConditionalGeneration", folder)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)[:, None, None]
+    words = [DEC]
+    with torch.no_grad():
+        image = model.vision_model((frame.double() / 255 - mean)[None] / std).last_hidden_state
+        for _ in range(longest):
+            output = model.text_decoder(input_ids=torch.tensor([words]), encoder_hidden_states=image)
+            words.append(int(output.logits[0, -1].argmax()))
+            if WORDS[words[-1] : words[-1] + 1] == ("[SEP]",):
+                break
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    text = " ".join(WORDS[word] for word in words[1:] if word < len(WORDS) and WORDS[word] not in special)
+    return text.replace(" ##", "")

@@ -1,8 +1,19 @@
-"""Small networks of the trust dimensions in their published layouts: a face detector, BLIP-2, the safety checker."""
+"""Small networks of the trust dimensions in their published layouts: a face detector, BLIP-2, the safety checker, CLIP.
 
+With CLIP's features once more, by PIL and in float64.
+"""
+
+import math
+
+import clip_reference as reference
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from scorer_kit import TINY, clip_folder, double
 from torch.nn import functional as F
+
+from mmalign.evaluation import Batch
 
 WORDS = ("face", "of", "a", "male", "female")
 
@@ -30,6 +41,40 @@ def clips_of(shapes, seed=0, smooth=False):
             size = (frames, 3, height, width)
             found.append(torch.randint(0, 256, size, dtype=torch.uint8, generator=generator))
     return found
+
+
+def batch_of(clips, prompts=None, aux=None):
+    return Batch(
+        frames=list(clips), prompts=list(prompts or ["x"] * len(clips)), fps=[8.0] * len(clips),
+        aux=list(aux or [{} for _ in clips]),
+    )  # fmt: skip
+
+
+def trust_clip(folder):
+    """A CLIP's float64 tensors, and the parameters with which an evaluator takes it."""
+    path = clip_folder(folder, "open_clip_pytorch_model.bin", {**TINY, "quick_gelu": True})
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"]["logit_scale"].fill_(math.log(95))  # near what it is in published files, and not 100
+    torch.save(saved, path)
+    return double(path), {"checkpoint": path, "model": str(folder)}
+
+
+def cropped(image):
+    """A uint8 image [3, h, w] resized and cropped by PIL as CLIP's are: float64 [28, 28, 3] from 0 to 1."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    wide, high = picture.size
+    long = int(28 * max(wide, high) / min(wide, high))
+    new = (28, long) if wide <= high else (long, 28)
+    left, top = round((new[0] - 28) / 2), round((new[1] - 28) / 2)
+    picture = picture.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + 28, top + 28))
+    return np.asarray(picture, dtype=np.float64) / 255
+
+
+def clip_rows(state, images):
+    """Unit features of uint8 images [3, h, w], each by itself, in float64."""
+    return torch.stack(
+        [reference.encode_image(reference.normalise(cropped(image)), state, 2, quick=True)[0] for image in images]
+    )
 
 
 def detector_folder(folder):
