@@ -148,15 +148,17 @@ def test_what_cannot_be_put_away_is_named(changes: dict[str, Any], message: str,
      video.tiny_hunyuan_video, video.tiny_ltx],
 )  # fmt: skip
 def test_slices_give_what_the_batch_gives(maker: Callable[[Path], Path], tmp_path: Path) -> None:
-    path = maker(tmp_path / "model")
+    path = maker(tmp_path / "model")  # in float64: what float32 rounds differs with the batch, and with the processor
     whole, sliced = (base.load(Model(path=path, vae={"slicing": on})) for on in (False, True))
     assert sliced.vae.use_slicing and not whole.vae.use_slicing  # type: ignore[attr-defined]
+    for adapter in (whole, sliced):
+        adapter.vae.double()
     frames = (9,) if whole.modality == "video" else ()
     pixels = torch.rand(3, 3, *frames, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     one, other = whole.encode_media(pixels), sliced.encode_media(pixels)
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # statistics are kept in float32
     with torch.no_grad():
-        torch.testing.assert_close(whole.decode(one[:, 0]), sliced.decode(one[:, 0]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(whole.decode(one[:, 0]), sliced.decode(one[:, 0]), rtol=0, atol=1e-10)
 
 
 def test_tiles_are_near_the_whole_and_are_cached_apart(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_score import config, pictures, plugins  # noqa: F401
+from test_score import config, pictures
 
 from mmalign import score_media
 from mmalign.cache import Cache
@@ -247,7 +247,7 @@ def test_how_far_it_is_is_said(files, monkeypatch):
     assert said == [("hashing media", done, 4) for done in (1, 2, 3, 4)]
 
 
-@pytest.mark.usefixtures("later")
+@pytest.mark.usefixtures("later", "plugins")
 def test_a_second_run_and_a_dry_run_read_no_media(tmp_path, read):
     table = pictures(tmp_path, [10, 200, 10], ["a", "b", "c"])
     settings = config(table, tmp_path / "out", "brightness")

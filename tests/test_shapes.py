@@ -1,7 +1,6 @@
 """The shapes world: the grammar, the reader against the renderer, the evaluator."""
 
 import io
-import time
 
 import numpy as np
 import pytest
@@ -243,12 +242,10 @@ def test_a_wrong_array_is_refused(image):
         read(image)
 
 
-def test_reading_is_deterministic_and_quick():
+def test_reading_is_deterministic():
     images = [noisy(render(scene), np.random.default_rng(8)) for _, scene in scenes(100, seed=9)]
     first = [read(image) for image in images]
-    start = time.process_time()
     assert [read(image) for image in images] == first
-    assert (time.process_time() - start) / len(images) < 0.03  # about 4 ms on an idle core
 
 
 # --- fidelity ---
