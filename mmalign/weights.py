@@ -57,9 +57,13 @@ class MissingWeights(ValueError):
         found: what is there instead.
     """
 
-    def __init__(self, known: str, found: str, message: str):
-        super().__init__(message)
-        self.known, self.found = known, found
+    def __init__(self, known: str, found: str, how: str, parameter: str, name: str):
+        self.known, self.found, self._how, self._name = known, found, how, name
+        super().__init__(self.told(f"set `{parameter}` to"))
+
+    def told(self, ask: str) -> str:
+        """The message, where `ask` is how the file is named to the program: "set `checkpoint` to", "give --weights"."""
+        return f"{self.known} weights: {self.found}.{self._how}, and {ask} the file or its folder.{self._name}"
 
 
 # What `all_missing` has met; None where the first file that is missing ends the search.
@@ -142,8 +146,7 @@ def find_checkpoint(path: str | Path | None, known: str, parameter: str = "check
     name = f" The authors' name for it is {entry.files[0]}, of {entry.repo}." if entry.by_hand else ""
     own = None if entry.keys in NO_TENSORS else scorer_of(folder)
     fitted = f" What is there was fitted by `mmalign train`; it is scored by {own}." if own else ""
-    message = f"{known} weights: {found}.{fitted} {how}, and set `{parameter}` to the file or its folder.{name}"
-    missing = MissingWeights(known, found, message)
+    missing = MissingWeights(known, found, f"{fitted} {how}", parameter, name)
     met = _MET.get()
     if met is None:
         raise missing

@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 CLIP = "assets/shapes-clip"
 PROMPTS = ("a red circle", "a blue square", "a large green triangle", "a small circle")
 LINEAR = {"kind": "linear", "hidden": [16]}
+SHAPES = {"shapes": {"scenes": 12, "annotator": "mixed", "votes": 3}, "ties": "soft", "soft_labels": True}  # as data
 
 
 def pictures(folder: Path, count: int = 16) -> list[MediaRef]:

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+
+from mmalign import video
+
+needs_decord = pytest.mark.skipif(
+    video.decord_version() is None, reason="decord, which has wheels for Linux on x86-64 alone, is not installed here"
+)
 
 
 def picture(height: int = 40, width: int = 60, seed: int = 0) -> np.ndarray:

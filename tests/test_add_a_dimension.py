@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Page
+from report_kit import Page
 
 from mmalign import cli, skeletons
 from mmalign.skeletons import new_evaluator, new_package

@@ -2,13 +2,13 @@
 
 import re
 import sys
-from pathlib import Path
 
 import clip_reference as reference
 import numpy as np
 import pytest
 import torch
 from clip_kit import pil_square
+from public_kit import AESTHETIC_HEADS, needs
 from scorer_kit import TINY, batch_of, clip_folder, double, pictures
 
 from mmalign.backbones.heads import FiveLinear, fold
@@ -17,7 +17,6 @@ from mmalign.known_weights import KNOWN
 from mmalign.testing import check_evaluator
 from mmalign.weights import file_hash, read_state_dict
 
-HEADS = Path(__file__).resolve().parents[2] / "shared" / "data" / "aesthetic"
 WIDTHS = (1024, 128, 64, 16, 1)
 PLACES = {"v2": (0, 2, 4, 6, 7), "v2-ava-logos": (0, 2, 4, 6, 7), "v2-ava-logos-relu": (0, 3, 6, 9, 11)}
 FILES = {
@@ -97,37 +96,37 @@ def test_the_resize_is_pils_and_vbenchs_has_no_filter(tmp_path):
     assert abs(found[0] - found[1]) > 0.05
 
 
-@pytest.mark.skipif(not HEADS.is_dir(), reason="LAION's head files are not here")
+@needs(AESTHETIC_HEADS)
 def test_the_published_heads_load_and_v2_folds_exactly():
     module = sys.modules[evaluator_class("aesthetic").__module__]
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(64, 768, dtype=torch.float64, generator=generator)
     features = torch.nn.functional.normalize(features, dim=-1)
     for head in ("v1", "v2"):
-        file = HEADS / KNOWN[f"aesthetic-{head}"].files[0]
+        file = AESTHETIC_HEADS / KNOWN[f"aesthetic-{head}"].files[0]
         assert file_hash(file) == KNOWN[f"aesthetic-{head}"].sha256
         loaded = module.load_head(checkpoint=file, head=head, device=torch.device("cpu"), dtype=torch.float32)
         exact = unfolded(features, read_state_dict(file), head)
         assert (loaded(features.float()).squeeze(-1).double() - exact).abs().max() < 2e-5
         assert 1 < float(exact.mean()) < 10
     five = FiveLinear(768)
-    five.load_state_dict(read_state_dict(HEADS / KNOWN["aesthetic-v2"].files[0]))
+    five.load_state_dict(read_state_dict(AESTHETIC_HEADS / KNOWN["aesthetic-v2"].files[0]))
     folded = fold(five.layers)(features).squeeze(-1)
     assert (folded - unfolded(features, five.state_dict())).abs().max() < 1e-12
     assert (folded - five.double().eval()(features).squeeze(-1)).abs().max() < 1e-12
 
 
-@pytest.mark.skipif(not HEADS.is_dir(), reason="LAION's head files are not here")
+@needs(AESTHETIC_HEADS)
 @pytest.mark.parametrize("head", ["v1", "v2"])
 def test_the_published_heads_rate_through_the_evaluator(tmp_path, head):
     """On a tiny tower with 768 features: the whole path, with the authors' own files."""
     config = {**TINY, "quick_gelu": True, "embed_dim": 768}
     path = clip_folder(tmp_path, "open_clip_pytorch_model.bin", config)
-    params = {"checkpoint": HEADS, "clip_checkpoint": path, "model": str(tmp_path), "head": head}
+    params = {"checkpoint": AESTHETIC_HEADS, "clip_checkpoint": path, "model": str(tmp_path), "head": head}
     arrays = pictures([(28, 28)] * 4)
     pixels = torch.cat([reference.normalise(a / 255) for a in arrays])
     features = reference.encode_image(pixels, double(path), 2, quick=True)
-    expected = unfolded(features, read_state_dict(HEADS / FILES[head]), head)
+    expected = unfolded(features, read_state_dict(AESTHETIC_HEADS / FILES[head]), head)
     found = load_evaluator("aesthetic", params, "cpu").score(batch_of(arrays)).double()
     assert (found - expected).abs().max() < 2e-4
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from audit_kit import judged, rounded
 from prefer_kit import answer, config, questions, table
+from public_kit import IMAGE_REWARD, needs
 from scipy.optimize import minimize_scalar
 
 from mmalign import agreement, audit, cli, prefer, routing
@@ -331,11 +332,9 @@ def test_a_table_that_writes_the_winner_first_and_missing_pictures(tmp_path: Pat
     assert "24 of 24 pictures" in capsys.readouterr().out
 
 
+@needs(IMAGE_REWARD)
 def test_imagereward_as_published(tmp_path: Path) -> None:
-    published = Path(__file__).parents[2] / "shared" / "data" / "imagereward" / "test.json"
-    if not published.is_file():
-        pytest.skip("the public ImageReward table is not here")
-    found = json.loads(audit.run(published, output=tmp_path / "a.json", pictures=False).read_text())
+    found = json.loads(audit.run(IMAGE_REWARD, output=tmp_path / "a.json", pictures=False).read_text())
     assert found["rows"] == 466 and found["judgements"] == 7230
     assert 0.1 < found["ties"]["share"] < 0.13
 

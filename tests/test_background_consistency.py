@@ -1,7 +1,6 @@
 """background_consistency, aesthetic_quality and appearance_style: CLIP's features as VBench resizes, in float64."""
 
 import sys
-from pathlib import Path
 
 import clip_reference as reference
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from clip_kit import pil_square
 from dino_kit import clip_of, consistent, unit
+from public_kit import AESTHETIC_HEADS, needs
 from scorer_kit import TINY, clip_folder, double
 
 from mmalign.backbones.clip_scoring import (
@@ -23,7 +23,6 @@ from mmalign.evaluation import Backbones, Batch, ItemErrors
 from mmalign.testing import check_evaluator
 from mmalign.weights import read_state_dict
 
-HEADS = Path(__file__).resolve().parents[2] / "shared" / "data" / "aesthetic"
 SIZES = [(60, 97), (97, 60), (28, 28), (41, 40)]
 STYLES = ["Van Gogh style", "oil painting", "in super slow motion", "Van Gogh style"]
 
@@ -132,11 +131,11 @@ def test_aesthetic_quality_is_that_of_float64_and_of_aesthetics_parameters(tmp_p
         load_evaluator("aesthetic_quality", params, "cpu")
 
 
-@pytest.mark.skipif(not HEADS.is_dir(), reason="LAION's head files are not here")
+@needs(AESTHETIC_HEADS)
 def test_the_published_head_rates_through_aesthetic_quality(tmp_path):
     state, params = tiny(tmp_path, embed_dim=768)
-    head = read_state_dict(HEADS / "sa_0_4_vit_l_14_linear.pth")
-    settings = {"checkpoint": str(HEADS), "clip_checkpoint": params["checkpoint"], "model": params["model"]}
+    head = read_state_dict(AESTHETIC_HEADS / "sa_0_4_vit_l_14_linear.pth")
+    settings = {"checkpoint": str(AESTHETIC_HEADS), "clip_checkpoint": params["checkpoint"], "model": params["model"]}
     clips = clips_of()
     found = load_evaluator("aesthetic_quality", settings, "cpu").score(batch_of(clips))
     weight, bias = head["weight"][0].double().numpy(), float(head["bias"])

@@ -14,8 +14,9 @@ import pytest
 from film_kit import numbered, numbers, steady, timed
 from hostile_clip_kit import GONE
 from media_kit import encode, moving
+from public_kit import REAL_CLIP, needs
 from table_kit import png, put_json
-from test_video import FAST_START, REAL_CLIP, cut_off, damaged, turned
+from test_video import FAST_START, cut_off, damaged, turned
 
 from mmalign.jobs_inputs import Data
 from mmalign.media import MediaError, clip_facts, clip_frames, read_image, read_video, write_image, write_video
@@ -161,7 +162,7 @@ def test_a_pair_of_a_variable_and_a_faster_longer_clip(tmp_path: Path, suffix: s
     assert jumpy == [0, 1, 3, 4, 4, 4, 4, 5, 7] and steadily == [0, 3, 6, 9, 12, 15, 18, 21, 24]
 
 
-@pytest.mark.skipif(not REAL_CLIP.is_file(), reason="the shared data folder is not beside this checkout")
+@needs(REAL_CLIP)
 def test_a_real_clip(tmp_path: Path) -> None:
     assert clip_facts(REAL_CLIP) == (310, 30.0, 240, 426)
     every = clip_frames(REAL_CLIP, fps=None, frames=310)

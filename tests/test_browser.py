@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from media_kit import encode, moving, picture
+from report_kit import row, write
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from test_report import row, write
 
 from mmalign.jobs_prefer import Route
 from mmalign.media import write_image, write_video

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from media_kit import moving, picture
-from test_report import row, write
+from report_kit import row, write
 from typer.testing import CliRunner
 
 from mmalign import report_sheet

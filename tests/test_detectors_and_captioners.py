@@ -1,10 +1,10 @@
 """Detectors and captioners of transformers: their arithmetic, and the folders that they are read from."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from public_kit import VBENCH, needs
 from vbench_kit import LEAST, SIDE, blip_folder, clips, expected_objects, greedy, rtdetr_folder
 
 from mmalign.backbones.captioner import Captioner
@@ -16,7 +16,6 @@ from mmalign.known_weights import KNOWN
 from mmalign.vbench import rules
 
 CPU = torch.device("cpu")
-SUITE = Path(__file__).resolve().parents[2] / "shared" / "data" / "vbench" / "VBench_full_info.json"
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +140,9 @@ def test_classes_have_cocos_names(detector):
     assert coco_name("Zeppelin") == "Zeppelin"
 
 
-@pytest.mark.skipif(not SUITE.is_file(), reason="VBench_full_info.json is not here")
+@needs(VBENCH)
 def test_a_detector_on_coco_knows_every_name_of_the_suite(detector):
-    for row in json.loads(SUITE.read_text(encoding="utf-8")):
+    for row in json.loads(VBENCH.read_text(encoding="utf-8")):
         aux = row.get("auxiliary_info", {})
         if "object_class" in aux:
             detector.check_names([aux["object_class"]["object"]])

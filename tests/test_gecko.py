@@ -2,11 +2,11 @@
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from public_kit import GECKO, needs
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -38,7 +38,6 @@ from mmalign.backbones.question_writer import (
 from mmalign.discovery import load_evaluator
 from mmalign.testing import check_evaluator
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gecko" / "prompts.csv"
 CPU = torch.device("cpu")
 SIZES = [(40, 50), (64, 64), (150, 224)]
 RED = "a red circle"
@@ -203,10 +202,10 @@ def test_words_are_found_in_any_script_and_case():
     assert uncovered("two red birds", [Question("Are there birds?", ("yes", "no"), "yes")]) == ["two", "red"]
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the public Gecko2K prompts are not beside this checkout")
+@needs(GECKO)
 def test_the_public_prompts_are_read_and_covered_word_by_word():
-    prompts = read_prompts(DATA)
-    with open(DATA, encoding="utf-8", newline="") as file:
+    prompts = read_prompts(GECKO)
+    with open(GECKO, encoding="utf-8", newline="") as file:
         rows = [row["prompt"] for row in csv.DictReader(file)]
     assert len(rows) == 1546 and prompts == list(dict.fromkeys(rows))
     for prompt in prompts:

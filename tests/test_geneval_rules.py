@@ -5,12 +5,12 @@ import json
 import math
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from public_kit import GENEVAL, needs
 
 from mmalign.backbones.detector import Detections, _extents
 from mmalign.discovery import evaluator_class
@@ -19,12 +19,10 @@ from mmalign.shapes.scene import GREYS, render, sample_scene, signed_distance
 
 geneval = sys.modules[evaluator_class("geneval").__module__]
 Found, judge, parse, relations = geneval.Found, geneval.judge, geneval.parse, geneval.relations
-METADATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
-needs_metadata = pytest.mark.skipif(not METADATA.is_file(), reason="GenEval's metadata are not here")
 
 
 def metadata():
-    return [json.loads(line) for line in METADATA.read_text().splitlines()]
+    return [json.loads(line) for line in GENEVAL.read_text().splitlines()]
 
 
 def box(x, y, width=10, height=10, colour=None):
@@ -253,7 +251,7 @@ def test_the_verdict_equals_brute_force_on_random_demands_and_objects():
 # ------------------------------------------------------------------------------------------------ published metadata
 
 
-@needs_metadata
+@needs(GENEVAL)
 def test_every_published_line_is_understood():
     lines = metadata()
     assert len(lines) == 553
@@ -284,7 +282,7 @@ def perfect(line):
     return objects
 
 
-@needs_metadata
+@needs(GENEVAL)
 def test_a_perfect_image_is_right_for_every_line_and_one_fault_makes_it_wrong():
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     for line in metadata():

@@ -21,8 +21,8 @@ from hostile_bomb_kit import hostile
 from hostile_kit import Case, every_case, lay_out, plain, png, ramp
 from hostile_still_kit import stills
 from plugin_package import install
+from report_kit import Page
 from scorer_kit import clip_folder
-from test_report import Page
 
 from mmalign.media import MediaError, content_hash, image_size, is_video, read_image, read_video
 from mmalign.results import read_results

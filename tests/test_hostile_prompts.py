@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from report_kit import Page
 from scorer_kit import TINY, clip_folder
-from test_report import Page
 
 from mmalign.backbones.clip import ClipTokenizer
 from mmalign.compare import compare

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from clip_kit import meta
+from public_kit import VBENCH, needs
 from torch.nn import functional as F
 from umt_kit import FILE, logits, published, slow_resize, table, umt_file
 from viclip_kit import clips_of
@@ -21,7 +21,6 @@ from mmalign.vbench.actions import asked_label, kinetics_400, named_label, place
 from mmalign.vbench.opencv import resize_bilinear
 
 CPU = torch.device("cpu")
-SUITE = Path(__file__).resolve().parents[2] / "shared" / "data" / "vbench" / "VBench_full_info.json"
 BIKE = "A person is riding a bike"
 
 
@@ -145,9 +144,9 @@ def test_the_classes_are_the_references_list():
     assert list(names) != sorted(names), "the order of most libraries is another one"
 
 
-@pytest.mark.skipif(not SUITE.is_file(), reason="VBench's suite file is not here")
+@needs(VBENCH)
 def test_every_prompt_of_the_suite_names_a_class():
-    rows = json.loads(SUITE.read_text(encoding="utf-8"))
+    rows = json.loads(VBENCH.read_text(encoding="utf-8"))
     prompts = [row["prompt_en"] for row in rows if "human_action" in row["dimension"]]
     labels = [named_label(prompt) for prompt in prompts]
     assert len(set(labels)) == 100 and all(place_of(label, kinetics_400()) is not None for label in labels)

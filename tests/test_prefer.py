@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prefer_kit import LISTS, REWARDS, answer, config, questions, rows_of, settings, summary_of, table
+from public_kit import IMAGE_REWARD, needs
 from table_kit import pairs
 
 from mmalign import cli, labelling, prefer, routing
@@ -225,17 +226,15 @@ def test_pictures_inside_parquet(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "out/m.jsonl")[0].media[0].read() in data
 
 
+@needs(IMAGE_REWARD)
 def test_imagereward_goes_through(tmp_path: Path) -> None:
     """The published file, with plain pictures in place of its own."""
-    published = Path(__file__).parents[2] / "shared" / "data" / "imagereward" / "test.json"
-    if not published.is_file():
-        pytest.skip("the public ImageReward table is not here")
-    entries = json.loads(published.read_text())[:6]
+    entries = json.loads(IMAGE_REWARD.read_text())[:6]
     for entry in entries:
         for place, name in enumerate(entry["generations"]):
             shade = 250 - 20 * entry["ranking"][place]
             write_image(tmp_path / name, np.full((8, 8, 3), (shade, shade, 250 - shade), np.uint8))
-    relabel = {"table": published, "root": tmp_path}
+    relabel = {"table": IMAGE_REWARD, "root": tmp_path}
     job = PreferConfig.model_validate(settings(tmp_path / "out", tmp_path, sources=[], relabel=relabel, limit=6))
     rows = rows_of(prefer.run(job))
     assert [len(row.media) for row in rows] == [len(entry["generations"]) for entry in entries]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from public_kit import IMAGE_REWARD, needs
 from table_kit import pairs, png, put_images, put_json
 
 from mmalign import tables
@@ -25,9 +26,6 @@ from mmalign.tables import (
     read_preferences,
     write_preferences,
 )
-
-IMAGE_REWARD = Path(__file__).parents[2] / "shared" / "data" / "imagereward" / "test.json"
-
 
 PICKAPIC = pa.schema(
     [
@@ -204,7 +202,7 @@ def test_imagereward(tmp_path: Path) -> None:
     assert [shades(pair) for pair in pairs(table)] == [(0, 1), (0, 2), (0, 3), (1, 2), (3, 2)]
 
 
-@pytest.mark.skipif(not IMAGE_REWARD.is_file(), reason="the shared data folder is not beside this checkout")
+@needs(IMAGE_REWARD)
 def test_imagereward_as_published() -> None:
     published = json.loads(IMAGE_REWARD.read_text())
     table = read_preferences(IMAGE_REWARD, verify=False)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from protocol_kit import Group, acc_eq, credit, inversion_score, judged, listed_places, lists, strict_counts
+from public_kit import IMAGE_REWARD, needs
 
 from mmalign.jobs_bench import Counting
 from mmalign.protocols import pairs
 from mmalign.protocols.figures import protocol_figure
 from mmalign.protocols.pairs import Judged, averages, expand
-
-IMAGE_REWARD = Path(__file__).parents[2] / "shared" / "data" / "imagereward" / "test.json"
-shared = pytest.mark.skipif(not IMAGE_REWARD.is_file(), reason="the shared data folder is not beside this checkout")
 
 
 def figure(groups: list[Judged], protocol: str, average: pairs.Average = "macro", **options: object) -> dict:
@@ -336,7 +333,7 @@ def test_pairs_without_two_scores_are_counted() -> None:
 # ------------------------------------------------------------------------------------------------ the real file
 
 
-@shared
+@needs(IMAGE_REWARD)
 def test_imagereward_as_published() -> None:
     rows = json.loads(IMAGE_REWARD.read_text())
     rng = np.random.default_rng(0)

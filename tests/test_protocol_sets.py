@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import reward_kit as kit
+from public_kit import GECKO, GENEVAL, IMAGE_REWARD, needs
 
 from mmalign.jobs_bench import BENCHMARK_NAMES, PROTOCOL_NAMES
 from mmalign.protocols.benchmarks import BENCHMARKS
@@ -17,11 +18,6 @@ from mmalign.protocols.sets import RewardSet
 from mmalign.protocols.suites import cut_grids
 from mmalign.records import MediaRef
 from mmalign.reward_scores import missing_media
-
-GECKO = Path(__file__).parents[2] / "shared" / "data" / "gecko" / "prompts.csv"
-GENEVAL = Path(__file__).parents[2] / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
-IMAGE_REWARD = Path(__file__).parents[2] / "shared" / "data" / "imagereward" / "test.json"
-shared = pytest.mark.skipif(not GECKO.is_file(), reason="the shared data folder is not beside this checkout")
 
 
 def read(benchmark: str, folder: Path, **changes: object) -> RewardSet:
@@ -49,7 +45,7 @@ def test_imagereward(tmp_path: Path) -> None:
     assert [item.sample for item in by_file.items] == [item.sample for item in found.items]
 
 
-@shared
+@needs(GECKO, GENEVAL, IMAGE_REWARD)
 def test_imagereward_as_published() -> None:
     found = read("imagereward", IMAGE_REWARD)
     assert len(found.items) == 2720 and len(found.groups) == 466 and not found.dropped
@@ -214,7 +210,7 @@ def test_geneval_folders_and_file(tmp_path: Path) -> None:
         read("geneval", tmp_path / "out")
 
 
-@shared
+@needs(GECKO, GENEVAL, IMAGE_REWARD)
 def test_geneval_as_published() -> None:
     found = read("geneval", GENEVAL)
     tasks = [place["task"] for place in found.places[::4]]
@@ -275,7 +271,7 @@ def test_dpg_bench_takes_the_last_of_two_rows_of_a_question(tmp_path: Path) -> N
     assert [(each.reason, each.detail[:10]) for each in found.dropped] == [("question twice", "item two h")]
 
 
-@shared
+@needs(GECKO, GENEVAL, IMAGE_REWARD)
 def test_gecko_as_published(tmp_path: Path) -> None:
     kit.plain(tmp_path / "0.png", 1)
     kit.plain(tmp_path / "1/a.png", 1)

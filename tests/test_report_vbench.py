@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HOSTILE, Page, picture, row, write
+from report_kit import HOSTILE, Page, picture, row, write
 
 from mmalign.report import build
 from mmalign.report_plots import Bar, Mark, bars

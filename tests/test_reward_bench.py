@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import reward_kit as kit
 from protocol_kit import inversion_score, strict_counts
+from public_kit import IMAGE_REWARD, needs
 from reward_kit import FEW, figures, run
 
 from mmalign.media import write_image
 from mmalign.results import read_results
 
-IMAGE_REWARD = Path(__file__).parents[2] / "shared" / "data" / "imagereward" / "test.json"
-shared = pytest.mark.skipif(not IMAGE_REWARD.is_file(), reason="the shared data folder is not beside this checkout")
 RED = {"name": "colours", "subscore": "red"}
 
 
@@ -29,7 +28,7 @@ def _cli_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 # ------------------------------------------------------------------------------------------------ the real file
 
 
-@shared
+@needs(IMAGE_REWARD)
 class TestImageRewardAsPublished:
     """466 lists whose pictures are not there: only their scores are needed."""
 

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reward_kit as kit
+from public_kit import GECKO, needs
 from reward_kit import figures, run
-
-GECKO = Path(__file__).parents[2] / "shared" / "data" / "gecko" / "prompts.csv"
-shared = pytest.mark.skipif(not GECKO.is_file(), reason="the shared data folder is not beside this checkout")
 
 
 def test_hpsv2s_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +68,7 @@ def test_geneval_from_its_own_results(tmp_path: Path) -> None:
     assert figures(five)["tasks"] == found and five["results"][0]["coverage"]["scored"] == 12
 
 
-@shared
+@needs(GECKO)
 def test_geckos_skills(tmp_path: Path) -> None:
     values = {str(n): float(n % 7) for n in range(1500)}
     report = run("gecko", GECKO, tmp_path / "out", scores=kit.scores(tmp_path / "t.jsonl", values))

@@ -1,30 +1,24 @@
-"""Fitting scorers through the loop: every objective and head, labels, resuming, export, scoring."""
+"""Fitting scorers through the loop: every head, labels, resuming, export, scoring, what is trained, bad input."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fitting_kit import CPU, LINEAR, PROMPTS, config, fit, pictures, table, tensors
+from fitting_kit import CPU, LINEAR, PROMPTS, SHAPES, config, fit, pictures, table, tensors
 from scorer_kit import TINY, clip_folder
 from training_kit import records
 
-from mmalign import train
 from mmalign.backbones.fitted import open_reward, read_reward
 from mmalign.cache import Cache
-from mmalign.commands.inspect import Kind, listing
-from mmalign.config import load
 from mmalign.discovery import load_evaluator
 from mmalign.evaluation import Backbones, Batch, subscores
-from mmalign.jobs import ScoreConfig, TrainConfig
+from mmalign.jobs import ScoreConfig
 from mmalign.jobs_align import EvaluatorSpec
-from mmalign.methods import REWARDS
-from mmalign.methods_reward import Fitting
 from mmalign.results import read_results
 from mmalign.reward_models.clip import FrozenClip
 from mmalign.score import run as score
@@ -32,48 +26,12 @@ from mmalign.tables import PreferenceRow, write_preferences
 from mmalign.tasks.reward import RewardTask
 from mmalign.testing import check_evaluator
 
-SHAPES = {"shapes": {"scenes": 12, "annotator": "mixed", "votes": 3}, "ties": "soft", "soft_labels": True}
 ACROSS, BY_AXIS = {"table": "t", "pairing": "across"}, {"table": "t", "axes": ["VQ", "TA"]}
-KINDS = {cls.model_fields["kind"].default: cls for cls in REWARDS if issubclass(cls, Fitting)}
 
 
 @pytest.fixture(scope="module", name="pairs")
 def _pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return table(tmp_path_factory.mktemp("pairs"))
-
-
-# -------------------------------------------------------------------------------------------- every objective and head
-
-
-def head_for(kind: str) -> dict[str, Any]:
-    if KINDS[kind].towers:
-        return {}
-    return {"train": "head", "head": {"kind": "gaussian"} if KINDS[kind].spread else LINEAR}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_of_every_objective(kind: str, tmp_path: Path) -> None:
-    loss, data = {"kind": kind}, {**SHAPES, "shapes": {**SHAPES["shapes"], "per_prompt": 3}}  # type: ignore[dict-item]
-    if kind == "ordinal":
-        rows = [
-            PreferenceRow("a", media, scores={"quality": grades})
-            for media, grades in zip(_threes(tmp_path), [(1, 3, 5), (2, 2, 4), (5, 1, 1), (3, 4, 2)], strict=True)
-        ]
-        write_preferences(tmp_path / "t.jsonl", rows)
-        data = {"table": str(tmp_path / "t.jsonl")}
-    task = RewardTask(config(tmp_path / "run", data, loss=loss, reward=head_for(kind)), CPU)
-    value, metrics = task.loss(task.load([(i, 0) for i in range(4)]))
-    value.backward()
-    gradients = [p.grad for p in task.modules.parameters() if p.grad is not None]
-    assert torch.isfinite(value) and sum(g.abs().sum() for g in gradients) > 0
-    assert 0 <= metrics["pairwise_accuracy"] <= 1
-    if kind == "ordinal":
-        assert task.modules["thresholds"].first.grad is not None
-
-
-def _threes(folder: Path) -> list[tuple[Any, ...]]:
-    media = pictures(folder / "images", 12)
-    return [tuple(media[i : i + 3]) for i in range(0, 12, 3)]
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -333,40 +291,6 @@ def test_frozen_features_are_computed_once_and_kept(
     assert len(seen) == 2, "another way to resize is another feature"
     fresh = RewardTask(config(tmp_path / "d", {"table": str(pairs)}), CPU)
     assert torch.equal(fresh.source.image, task.source.image)
-
-
-# ------------------------------------------------------------------------------------------------- what belongs to each
-
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {path: load(TrainConfig, path) for path in sorted((ROOT / "configs" / "train" / "reward").glob("*.yaml"))}
-OWN_DATA = [path for path, made in CONFIGS.items() if made.data.shapes and not made.reward.denoise]
-
-
-@pytest.mark.parametrize("cls", REWARDS, ids=lambda cls: cls.__name__)
-def test_every_objective_has_a_line_and_a_config(cls: Any) -> None:
-    kind = cls.model_fields["kind"].default
-    page = (ROOT / "docs" / "methods" / "reward_losses.md").read_text(encoding="utf-8")
-    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{kind}` | ")]
-    for path in re.findall(r"\(\.\./\.\./(configs/\S+?\.yaml)\)", line):
-        assert load(TrainConfig, ROOT / path).loss.kind == kind
-    assert "configs/" in line
-    listed = {row["name"]: row for row in listing(Kind.methods)}
-    assert listed[kind]["task"] == "reward"
-
-
-@pytest.mark.parametrize("path", OWN_DATA, ids=lambda path: path.stem)
-def test_configs_on_the_shapes_world_run(path: Path, tmp_path: Path) -> None:
-    changes = [
-        f"output={tmp_path / 'run'}", "optim.steps=2", "optim.batch_size=4", "optim.warmup=1", "log.trackers=[]",
-        "data.shapes.scenes=12", "data.cache=memory", "log.every=1",
-    ]  # fmt: skip
-    run = train.run(load(TrainConfig, path, changes))
-    assert len(records(run)) == 2 and any((run / "export").glob("*.safetensors"))
-
-
-def test_every_head_has_a_config() -> None:
-    used = {made.reward.head.kind for made in CONFIGS.values() if made.reward.head}
-    assert used == {"linear", "gaussian", "gpm", "pal", "vpl"}
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -1,10 +1,10 @@
 """VBench's rules on files of detections and captions: the reader, the evaluators on such a file, the suite's rows."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from public_kit import VBENCH, needs
 
 from mmalign.backbones.mask2former import COCO
 from mmalign.discovery import evaluator_class, load_evaluator
@@ -16,9 +16,6 @@ from mmalign.score import run
 from mmalign.testing import check_evaluator
 from mmalign.vbench import rules
 from mmalign.vbench.detections import read_seen
-
-SUITE = Path(__file__).resolve().parents[2] / "shared" / "data" / "vbench" / "VBench_full_info.json"
-
 
 # ------------------------------------------------------------------------------------------------ files
 
@@ -198,11 +195,11 @@ def test_a_run_looks_clips_up_by_the_tables_names(tmp_path, seen):
 # ------------------------------------------------------------------------------------------------ the suite
 
 
-@pytest.mark.skipif(not SUITE.is_file(), reason="VBench_full_info.json is not here")
+@needs(VBENCH)
 def test_the_suites_rows_are_all_understood():
     found = {name: 0 for name in ROW}
     names = set()
-    for row in json.loads(SUITE.read_text(encoding="utf-8")):
+    for row in json.loads(VBENCH.read_text(encoding="utf-8")):
         for dimension in ROW.keys() & set(row["dimension"]):
             aux = row["auxiliary_info"][dimension]
             inner = aux.get(dimension)

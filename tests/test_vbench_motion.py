@@ -2,11 +2,11 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from public_kit import VBENCH_I2V, needs
 
 from mmalign.vbench.camera import (
     TYPES,
@@ -29,8 +29,6 @@ from mmalign.vbench.motion import (
     static_threshold,
     top_mean,
 )
-
-SUITE = Path(__file__).resolve().parents[2] / "shared" / "data" / "vbench" / "vbench2_i2v_full_info.json"
 
 
 @pytest.mark.parametrize(
@@ -201,9 +199,9 @@ def test_the_asked_motion_is_read_off_the_prompt():
             asked_type(prompt, rules)
 
 
-@pytest.mark.skipif(not SUITE.is_file(), reason="VBench's image-to-video suite is not here")
+@needs(VBENCH_I2V)
 def test_the_suite_asks_for_each_motion_as_often():
-    rows = [row for row in json.loads(SUITE.read_text("utf-8")) if "camera_motion" in row["dimension"]]
+    rows = [row for row in json.loads(VBENCH_I2V.read_text("utf-8")) if "camera_motion" in row["dimension"]]
     for rules in ("compat", "strict"):
         asked = [asked_type(row["prompt_en"], rules) for row in rows]
         assert {kind: asked.count(kind) for kind in TYPES.values()} == dict.fromkeys(TYPES.values(), 109)

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from media_kit import needs_decord
 from raft_kit import authors_layout, small_raft
 from scorer_kit import TINY, clip_folder
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from mmalign import video
 from mmalign.backbones.clip import PUBLISHED
 from mmalign.backbones.raft import RaftFlow
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
@@ -272,12 +272,10 @@ def test_the_cases_tell_something(reference: dict[str, tuple[float, dict[str, fl
         assert abs(score - np.mean(list(clips.values()))) > 1e-3, "the two means cannot be told apart"
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", ["pyav", pytest.param("decord", marks=needs_decord)])
 def test_scores_are_those_of_the_plain_pipeline(
     home: Path, reference: dict[str, tuple[float, dict[str, float]]], tmp_path: Path, decoder: str
 ) -> None:
-    if decoder == "decord" and video.decord_version() is None:
-        pytest.skip("decord is not installed here")
     folder = scored(home, tmp_path, decoder=decoder)
     data = json.loads((folder / "quality_eval_results.json").read_text())
     assert list(data) == list(NAMES)

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from public_kit import VBENCH, VBENCH_I2V, needs
 
 from mmalign.vbench.clips import find_images, from_folder, from_table
 from mmalign.vbench.crops import crop_box, crop_images
 from mmalign.vbench.names import FORMS, Clips, spellings
 from mmalign.vbench.suite import SuitePrompt, read_prompts, read_suite
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "vbench"
-published = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not beside this checkout")
 
 ROWS: list[dict[str, Any]] = [
     {"prompt_en": "an alley", "dimension": ["scene", "background_consistency"],
@@ -57,9 +55,9 @@ def taken(found: Any) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ the file
 
 
-@published
+@needs(VBENCH, VBENCH_I2V)
 def test_the_published_suites_are_read() -> None:
-    text, image = read_suite(DATA / "VBench_full_info.json"), read_suite(DATA / "vbench2_i2v_full_info.json")
+    text, image = read_suite(VBENCH), read_suite(VBENCH_I2V)
     assert (len(text.rows), len(text.prompts), text.kind) == (946, 944, "text")
     assert (len(image.rows), len(image.prompts), image.kind) == (1118, 1118, "image")
     counts = {name: sum(name in each.dimensions for each in text.prompts) for name in text.dimensions}
@@ -247,9 +245,9 @@ def test_a_name_in_two_forms_is_taken_once(tmp_path: Path) -> None:
     assert "two forms" in found.notes[0]
 
 
-@published
+@needs(VBENCH, VBENCH_I2V)
 def test_every_name_of_the_published_suite_is_found(tmp_path: Path) -> None:
-    suite = read_suite(DATA / "VBench_full_info.json")
+    suite = read_suite(VBENCH)
     touch(tmp_path, *(f"{each.prompt}-{number}.mp4" for each in suite.prompts for number in range(5)))
     found = from_folder(tmp_path, suite.prompts)
     assert len(found.rows) == 4720 and not found.missing and not found.others and not found.causes

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from hostile_clip_kit import muxed
-from media_kit import encode, encoded, moving, picture
+from media_kit import encode, encoded, moving, needs_decord, picture
 from PIL import Image
+from public_kit import REAL_CLIP, needs
 
 from mmalign import media, video, video_container
 from mmalign.frame_plans import _linspace
@@ -31,9 +32,6 @@ from mmalign.media import (
     read_video,
     write_video,
 )
-
-REAL_CLIP = Path(__file__).parents[2] / "shared" / "data" / "video" / "flipping_a_pancake.mkv"
-needs_decord = pytest.mark.skipif(video.decord_version() is None, reason="decord is not installed here")
 
 
 def trimmed(source: Path, target: Path, ticks: int) -> Path:
@@ -254,7 +252,7 @@ def test_without_decord_auto_says_pyav_and_asking_for_it_fails(tmp_path: Path, m
 
 
 @needs_decord
-@pytest.mark.skipif(not REAL_CLIP.is_file(), reason="the shared data folder is not beside this checkout")
+@needs(REAL_CLIP)
 def test_decord_and_pyav_agree_on_a_real_clip() -> None:
     by_pyav, by_decord = read_video(REAL_CLIP, decoder="pyav"), read_video(REAL_CLIP, decoder="decord")
     assert by_pyav.frames.shape == (310, 3, 240, 426) and by_pyav.fps == by_decord.fps == 30.0

@@ -49,7 +49,7 @@ def static_filter(
     try:
         found = run(Settings(folder, suite, output, clips, params, scoring))
     except MissingWeights as missing:
-        raise ValueError(str(missing).replace("set `checkpoint` to the file", "give as --weights the file")) from None
+        raise ValueError(missing.told("give as --weights")) from None
     typer.echo("\n".join([*found.account(), f"clips: {output / 'filtered_videos'}"]))
     if not any(found.static.values()):
         typer.echo("error: no clip is static; the reasons stand above", err=True)

@@ -172,9 +172,8 @@ def from_table(
         static = filtered and FLICKERING in each.dimensions
         further += [] if static else [row.sample for row in mine[samples:]]
         for number, row in enumerate(mine if static else mine[:samples]):
-            wanted = {*(each.dimensions if number < samples else (FLICKERING,))} & {
-                *(row.dimensions or each.dimensions)
-            }
+            asked = each.dimensions if number < samples else (FLICKERING,)
+            wanted = set(asked) & set(row.dimensions or asked)
             only = dataclasses.replace(each, dimensions=tuple(name for name in each.dimensions if name in wanted))
             if not only.dimensions:
                 continue
