@@ -79,13 +79,3 @@ def tensors(*arrays: Any, grad: bool = True) -> list[Tensor]:
 
 def scores(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1.5, shape).astype(np.float32).astype(np.float64)
-
-
-def numeric(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    found = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        high, low = at.copy(), at.copy()
-        high[index] += step
-        low[index] -= step
-        found[index] = (function(high) - function(low)) / (2 * step)
-    return found

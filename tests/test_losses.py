@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from gradient_kit import numeric_gradient
 from torch import Tensor
 
 from mmalign.losses import reward, supervised
@@ -76,16 +76,6 @@ def _unit_rows(count: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(rows, dim=-1)
 
 
-def _numeric_gradient(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    gradient = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        high, low = at.copy(), at.copy()
-        high[index] += step
-        low[index] -= step
-        gradient[index] = (function(high) - function(low)) / (2 * step)
-    return gradient
-
-
 def test_contrastive() -> None:
     image, text = _unit_rows(B, 4).requires_grad_(True), _unit_rows(B, 5)
     loss, metrics = reward.contrastive(image, text, torch.tensor(math.log(10.0)))
@@ -99,7 +89,7 @@ def test_contrastive() -> None:
     assert loss.item() == pytest.approx(closed(at), rel=1e-5)
     loss.backward()
     assert image.grad is not None
-    np.testing.assert_allclose(image.grad.numpy(), _numeric_gradient(closed, at), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(image.grad.numpy(), numeric_gradient(closed, at), rtol=1e-4, atol=1e-6)
     right = (at @ text.double().numpy().T).argmax(1) == np.arange(B)
     assert metrics["retrieval_accuracy"].item() == pytest.approx(right.mean())
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradient_kit import numeric_gradient
 from objective_kit import (
     BETA,
     BY_KIND,
@@ -250,16 +251,6 @@ CASES: list[tuple[str, dict[str, Any], Callable[..., float], dict[str, Any]]] = 
 ]  # fmt: skip
 
 
-def _gradient(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    found = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        high, low = at.copy(), at.copy()
-        high[index] += step
-        low[index] -= step
-        found[index] = (function(high) - function(low)) / (2 * step)
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------- closed forms
 
 
@@ -280,7 +271,7 @@ def test_loss_and_gradient_are_the_formula(
     expected = closed(at, ref, GIVEN, **own)
     assert loss.item() == pytest.approx(expected, rel=2e-4, abs=2e-5)
     loss.backward()
-    numeric = _gradient(lambda m: closed(m, ref, GIVEN, **own), at)
+    numeric = numeric_gradient(lambda m: closed(m, ref, GIVEN, **own), at)
     assert model.grad is not None
     np.testing.assert_allclose(model.grad.double().numpy(), numeric, rtol=2e-3, atol=2e-4 * np.abs(numeric).max())
     assert np.abs(numeric).max() > 0

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reward_loss_kit import RNG, WEIGHT, B, K, function_of, numeric, scores, sigmoid, tensors
+from gradient_kit import numeric_gradient
+from reward_loss_kit import RNG, WEIGHT, B, K, function_of, scores, sigmoid, tensors
 
 from mmalign.losses import graded, reward
 
@@ -59,7 +60,7 @@ def test_graded_formula_and_gradient(kind: str, settings: dict[str, Any], closed
     loss, metrics = function_of(kind)(found, target, weight=weight, mask=torch.tensor(HELD), **settings)
     assert loss.item() == pytest.approx(closed(s), rel=3e-6)
     loss.backward()
-    np.testing.assert_allclose(found.grad, np.where(HELD, numeric(closed, s), 0), rtol=3e-4, atol=2e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.grad, np.where(HELD, numeric_gradient(closed, s), 0), rtol=3e-4, atol=2e-6)  # type: ignore[arg-type]
     right = [
         float(x[i] > x[j])
         for x, g, h in zip(s, GRADES, HELD, strict=True)
@@ -78,7 +79,7 @@ def test_ordinal_probabilities_sum_to_one_and_thresholds_learn() -> None:
     s = scores((B, K), 5)
     target, weight = tensors(GRADES, WEIGHT, grad=False)
     graded.ordinal(tensors(s)[0], target, thresholds, weight=weight, mask=torch.tensor(HELD))[0].backward()
-    expected = numeric(lambda t: ordinal_closed(s, t), THRESHOLDS)
+    expected = numeric_gradient(lambda t: ordinal_closed(s, t), THRESHOLDS)
     np.testing.assert_allclose(thresholds.grad, expected, rtol=3e-4, atol=2e-6)  # type: ignore[arg-type]
 
 

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from reward_loss_kit import LABEL, SPREAD, B, expected_closed, log_sigmoid, numeric, scores, sigmoid, tensors
+from gradient_kit import numeric_gradient
+from reward_loss_kit import LABEL, SPREAD, B, expected_closed, log_sigmoid, scores, sigmoid, tensors
 from scipy.integrate import quad
 from scipy.stats import norm
 
@@ -44,8 +45,12 @@ def test_gaussian_uncertainty() -> None:
     loss, _ = uncertainty.gaussian_bt(winner, loser, spread, label=label)
     assert loss.item() == pytest.approx(closed(w, SPREAD), rel=3e-6)
     loss.backward()
-    np.testing.assert_allclose(winner.grad, numeric(lambda x: closed(x, SPREAD), w, 1e-4), rtol=1e-3, atol=1e-5)  # type: ignore[arg-type]
-    np.testing.assert_allclose(spread.grad, numeric(lambda x: closed(w, x), SPREAD, 1e-4), rtol=1e-3, atol=1e-5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(
+        winner.grad, numeric_gradient(lambda x: closed(x, SPREAD), w, 1e-4), rtol=1e-3, atol=1e-5
+    )  # type: ignore[arg-type]
+    np.testing.assert_allclose(
+        spread.grad, numeric_gradient(lambda x: closed(w, x), SPREAD, 1e-4), rtol=1e-3, atol=1e-5
+    )  # type: ignore[arg-type]
 
 
 def test_a_thousand_samples_agree_with_the_quadrature_within_their_error() -> None:
@@ -184,6 +189,6 @@ def test_cosines_with_a_learned_scale() -> None:
 
     at = winner.detach().double().numpy()
     assert loss.item() == pytest.approx(closed(at), rel=1e-5)
-    np.testing.assert_allclose(winner.grad, numeric(closed, at), rtol=1e-3, atol=1e-5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(winner.grad, numeric_gradient(closed, at), rtol=1e-3, atol=1e-5)  # type: ignore[arg-type]
     by_scale = (closed(at, 14 * math.exp(1e-5)) - closed(at, 14 * math.exp(-1e-5))) / 2e-5
     assert scale.grad.item() == pytest.approx(by_scale, rel=1e-3)  # type: ignore[union-attr]

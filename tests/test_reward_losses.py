@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradient_kit import numeric_gradient
 from reward_loss_kit import (
     LABEL,
     LABELS,
@@ -22,7 +23,6 @@ from reward_loss_kit import (
     function_of,
     log_sigmoid,
     mixed,
-    numeric,
     scores,
     tensors,
 )
@@ -54,8 +54,8 @@ def test_pairwise_formula_and_gradient(kind: str, axes: bool, normalise: bool) -
     loss, metrics = function_of(kind)(winner, loser, label=p, weight=weight, mask=held, normalise=normalise, **settings)
     assert loss.item() == pytest.approx(closed(w, o), rel=2e-6)
     loss.backward()
-    np.testing.assert_allclose(winner.grad, numeric(lambda x: closed(x, o), w), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
-    np.testing.assert_allclose(loser.grad, numeric(lambda x: closed(w, x), o), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(winner.grad, numeric_gradient(lambda x: closed(x, o), w), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(loser.grad, numeric_gradient(lambda x: closed(w, x), o), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
     judged = np.ones(shape, bool) if mask is None else mask
     decided = judged & (label != 0.5)
     right = np.sign(w - o) == np.sign(label - 0.5)
@@ -74,7 +74,7 @@ def test_scaled_bt_and_margins_of_each_pair() -> None:
     loss, _ = reward.scaled_bt(winner, loser, by, label=label)
     assert loss.item() == pytest.approx(closed(w), rel=2e-6)
     loss.backward()
-    np.testing.assert_allclose(winner.grad, numeric(closed, w), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(winner.grad, numeric_gradient(closed, w), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
     each, _ = reward.bt_margin(winner, loser, margin=by, label=label)
     expected = np.mean(LABEL * -log_sigmoid(w - o - margin) + (1 - LABEL) * -log_sigmoid(o - w - margin))
     assert each.item() == pytest.approx(expected, rel=2e-6)
@@ -100,7 +100,7 @@ def test_triplet() -> None:
         near = ((t - w) ** 2).sum(1)
         return float(np.mean(LABEL * np.maximum(0, near - far + 0.3) + (1 - LABEL) * np.maximum(0, far - near + 0.3)))
 
-    np.testing.assert_allclose(winner.grad, numeric(again, w), rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(winner.grad, numeric_gradient(again, w), rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]
     cosine = [torch.tensor(2 * (x * t).sum(1), dtype=torch.float32) for x in (w, o)]
     assert reward.ranking_hinge(*cosine, margin=0.3, label=label)[0].item() == pytest.approx(loss.item(), rel=1e-5)
 
@@ -117,8 +117,8 @@ def test_bt_regression() -> None:
     loss, metrics = reward.bt_regression(winner, loser, target, regression=0.4, label=label, weight=weight)
     assert loss.item() == pytest.approx(closed(w, o), rel=2e-6)
     loss.backward()
-    np.testing.assert_allclose(winner.grad, numeric(lambda x: closed(x, o), w), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
-    np.testing.assert_allclose(loser.grad, numeric(lambda x: closed(w, x), o), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(winner.grad, numeric_gradient(lambda x: closed(x, o), w), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(loser.grad, numeric_gradient(lambda x: closed(w, x), o), rtol=2e-4, atol=1e-6)  # type: ignore[arg-type]
     assert metrics["bradley_terry"] + 0.4 * metrics["squared_error"] == pytest.approx(loss.item(), rel=1e-6)
 
 
