@@ -114,6 +114,15 @@ class _RowGroups:
             values = self._group(identity, handle, group, column)
         return values[row - (ends[group - 1] if group else 0)].as_py()
 
+    def held(self, file: str, row: int, column: str) -> Any:
+        """As `cell`, but of media that are {bytes, path} only the paths are read: enough to see how many there are."""
+        status = os.stat(file)
+        with self._lock:
+            handle, _ = self._file((file, status.st_mtime_ns, status.st_size))
+            leaves = [handle.schema.column(index).path for index in range(len(handle.schema))]
+        light = [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]
+        return self.cell(file, row, light[0] if light else column)
+
     def _file(self, identity: tuple[Any, ...]) -> tuple[pq.ParquetFile, list[int]]:
         if identity not in self._files:
             handle = pq.ParquetFile(identity[0], memory_map=True)
@@ -125,7 +134,7 @@ class _RowGroups:
         key = (identity, group, column)
         if key not in self._groups:
             self.reads += 1
-            self._groups[key] = handle.read_row_group(group, columns=[column], use_threads=False)[column]
+            self._groups[key] = handle.read_row_group(group, columns=[column], use_threads=False).column(0)
         return _newest(self._groups, key, self._limits[0])
 
 
@@ -160,6 +169,14 @@ class Record:
         if column in self.cells:
             return MediaRef(os.path.abspath(self.file), self.row, column)
         return self.path(self.values.get(column))
+
+    def media(self, column: str) -> tuple[MediaRef, ...]:
+        """The media in a column of `cells`: none where it is null, one for each entry where it is a list."""
+        file = os.path.abspath(self.file)
+        value = _ROW_GROUPS.held(file, self.row, column)
+        if isinstance(value, list):
+            return tuple(MediaRef(file, self.row, column, item) for item in range(len(value)))
+        return () if value is None else (MediaRef(file, self.row, column),)
 
     def path(self, value: Any, folder: str | None = None) -> MediaRef:
         """The media that `value` names: a path under `root` (in `root/folder` if there is one), or a written-out ref.
@@ -273,6 +290,7 @@ def _json(text: str, path: Path, number: int | None = None) -> Any:
 _TEXT = (
     *("sample", "prompt", "text", "media", "file_name", "filename", "path", "reference", "modality", "group", "model"),
     *("aux", "user_id"),
+    *("chosen", "rejected", "completion", "question", "image", "images", "video", "videos", "source"),
 )
 
 
@@ -354,6 +372,8 @@ def _row_group(table: pq.ParquetFile, group: int, columns: list[str], where: str
 
 
 def _holds_media(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_media(kind.value_type)
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _holds_media(field.type) for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mmalign.formats import ADAPTERS, FORMATS, Adapter
 from mmalign.formats_video import videodpo_files, videodpo_records
@@ -44,7 +44,9 @@ __all__ = [
     "columns",
     "read_media_table",
     "read_preferences",
+    "report",
     "summary",
+    "verified",
     "write_media_table",
     "write_preferences",
 ]
@@ -136,10 +138,10 @@ def read_preferences(
         else:
             dropped.append(outcome)
     if verify:
-        kept, undecodable = _verified(kept, lambda row: row.media)
+        kept, undecodable = verified(kept, lambda row: row.media)
         dropped += undecodable
     table = PreferenceTable(kept, dropped)
-    _report(path, bool(kept), dropped, table.summary())
+    report(path, bool(kept), dropped, table.summary())
     return table
 
 
@@ -161,14 +163,15 @@ def captioned(path: str | Path, root: str | Path | None = None, verify: bool = T
         else:
             dropped.append(Dropped(origin, "no prompt", "the prompt is empty"))
     if verify:
-        kept, undecodable = _verified(kept, lambda row: (row.media,))
+        kept, undecodable = verified(kept, lambda row: (row.media,))
         dropped += undecodable
     table = CaptionedTable(kept, dropped)
-    _report(path, bool(kept), dropped, table.summary())
+    report(path, bool(kept), dropped, table.summary())
     return table
 
 
-def _report(path: str | Path, usable: bool, dropped: Sequence[Dropped], summary: str) -> None:
+def report(path: str | Path, usable: bool, dropped: Sequence[Dropped], summary: str) -> None:
+    """Log what was kept and dropped; ValueError, with the first reasons, where nothing is usable."""
     if not usable:
         details = "; ".join(f"{each.origin}: {each.detail}" for each in dropped[:3] if each.detail)
         raise ValueError(f"{path}: no row can be used, {summary}{f' [{details}]' if details else ''}")
@@ -234,10 +237,16 @@ def _one_of(row: PreferenceRow, dimensions: Sequence[str]) -> PreferenceRow | Dr
 
 # ------------------------------------------------------------------------------------------------ verification
 
-_Row = TypeVar("_Row", PreferenceRow, Captioned)
+
+class _Placed(Protocol):
+    @property
+    def origin(self) -> str: ...
 
 
-def _verified(rows: list[_Row], media: Callable[[_Row], Sequence[MediaRef]]) -> tuple[list[_Row], list[Dropped]]:
+_Row = TypeVar("_Row", bound=_Placed)
+
+
+def verified(rows: list[_Row], media: Callable[[_Row], Sequence[MediaRef]]) -> tuple[list[_Row], list[Dropped]]:
     """Rows whose media all decode, and the others: whole rows, so that no caption is left with another's pictures."""
     problems: dict[MediaRef, str | None] = {}  # data sets show one image in many pairs
 

@@ -87,7 +87,7 @@ LAYERS: list[set[str]] = [
         "labelling",
         "agreement",
     }
-    | {"backbones", "protocols", "inversion", "judgements", "kohya", "shapes", "vbench"},
+    | {"backbones", "protocols", "inversion", "judgements", "kohya", "mllm", "shapes", "vbench"},
     {
         "noise",
         "media",
