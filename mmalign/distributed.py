@@ -6,7 +6,6 @@ stopped, and the other way round.
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -100,12 +99,12 @@ def prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """`accelerator.prepare`, with what a task's modules need of DDP or FSDP2.
 
-    Under FSDP2 a denoiser's blocks are gathered one after the other, what is outside of blocks with the whole module.
+    Under FSDP2 the blocks of the task's network are gathered one after the other, what is outside of blocks with the whole module.
     """
     if is_shared(made):
         if getattr(task, "frozen", None) is not None:
             module.reference = task.frozen  # shared like the policy; nothing of it is trained or saved
-        made.state.fsdp_plugin.transformer_cls_names_to_wrap = _blocks(task.adapter.denoiser)
+        made.state.fsdp_plugin.transformer_cls_names_to_wrap = _blocks(task.network)
     elif made.num_processes > 1:
         large = ("trained.lagged.", "trained.watch._weights.")
         lagged = [name for name, _ in module.named_buffers() if name.startswith(large)]
@@ -115,10 +114,10 @@ def prepare(
     return wrapped, prepared
 
 
-def _blocks(denoiser: nn.Module) -> list[str]:
-    """Class names of the denoiser's blocks, as diffusers lists them for splitting over devices."""
-    names = set(getattr(denoiser, "_no_split_modules", None) or ())
-    there = {type(module).__name__ for module in denoiser.modules() if any(True for _ in module.parameters())}
+def _blocks(network: nn.Module) -> list[str]:
+    """Class names of a network's blocks, as diffusers and transformers list them for splitting over devices."""
+    names = set(getattr(network, "_no_split_modules", None) or ())
+    there = {type(module).__name__ for module in network.modules() if any(True for _ in module.parameters())}
     return sorted(names & there)
 
 
@@ -201,20 +200,13 @@ def validate(made: Accelerator, wrapped: nn.Module, task: Any, folder: Path, ste
 
 
 def put_together(made: Accelerator, task: Any) -> None:
-    """Gives the main process's task a whole denoiser on the CPU, to export; to be called by all, at the end of a run.
+    """Gives the main process's task a whole network on the CPU, to export; to be called by all, at the end of a run.
 
-    Everything trained besides (text encoders) is refused for shared runs, so that the denoiser is all there is.
+    Everything trained besides (text encoders) is refused for shared runs, so that the network is all there is.
     """
     if not is_shared(made):
         return
-    adapter = task.adapter
-    shared = adapter.denoiser
-    state = whole(dict(shared.state_dict()), keep=made.is_main_process)
-    if not made.is_main_process:
-        return
-    plain = type(shared).from_config(shared.config)
-    for name, settings in (getattr(shared, "peft_config", None) or {}).items():
-        plain.add_adapter(copy.deepcopy(settings), adapter_name=name)
-    plain.load_state_dict(state, assign=True)
-    adapter.denoiser = plain
-    setattr(adapter.pipe, adapter.denoiser_name, plain)
+    state = whole(dict(task.network.state_dict()), keep=made.is_main_process)
+    if made.is_main_process:
+        task.take_whole(state)
+

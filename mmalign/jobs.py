@@ -15,6 +15,8 @@ from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, Guards, Noise, Online, Probability, Reference, Timesteps
 from mmalign.jobs_guidance import Guidance
 from mmalign.jobs_inputs import Data, Model
+from mmalign.jobs_mllm import Mllm
+from mmalign.jobs_mllm import check as check_mllm
 from mmalign.jobs_reward import REWARD_FAMILIES, Reward
 from mmalign.jobs_reward import check as check_reward
 from mmalign.jobs_vbench import VBench
@@ -92,7 +94,7 @@ class Log(Strict):
 class TrainConfig(Strict):
     """`mmalign train FILE`: fine-tune a model."""
 
-    task: Literal["preference", "sft", "autoencoder", "reward"]
+    task: Literal["preference", "sft", "autoencoder", "reward", "mllm"]
     output: Path = Field(description="run folder: checkpoints, metrics.jsonl, export/")
     seed: int = 0
     model: Model
@@ -103,6 +105,7 @@ class TrainConfig(Strict):
     guards: Guards = Guards()
     online: Online | None = None
     reward: Reward = Reward()
+    mllm: Mllm = Mllm()
     reference: Reference = Reference()
     lora: Lora | None = Field(None, description="null: full fine-tuning")
     optim: Optim = Optim()
@@ -128,6 +131,8 @@ class TrainConfig(Strict):
             raise ValueError(f"data.buckets is for the tasks preference and sft; drop it, {self.task} has its own size")
         if self.reference.kind == "adapter_off" and not self.lora:
             raise ValueError("reference.kind: adapter_off needs lora; use frozen or cached for full fine-tuning")
+        if self.reference.kind == "cached" and self.reference.draws is None and self.task != "mllm":
+            raise ValueError("reference.kind: cached needs reference.draws, for example 8")
         if self.reference.kind == "cached" and self.data.cache != "disk":
             raise ValueError("reference.kind: cached needs data.cache: disk")
         if isinstance(self.loss, Preference):
@@ -135,6 +140,10 @@ class TrainConfig(Strict):
         self._scaled()
         self._offloaded()
         self._fitted()
+        if self.task == "mllm":
+            check_mllm(self)
+        elif self.mllm != Mllm():
+            raise ValueError(f"mllm is for task mllm; drop it from task {self.task}")
         return self
 
     def _fitted(self) -> None:

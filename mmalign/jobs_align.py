@@ -138,19 +138,17 @@ class Reference(Strict):
     """The model that preferences are measured against."""
 
     kind: Literal["auto", "adapter_off", "frozen", "cached"] = Field(
-        "auto", description="auto: adapter_off with LoRA, frozen copy without; cached: errors stored per draw"
+        "auto", description="auto: adapter_off with LoRA, frozen copy without; cached: errors stored per draw, of answers log-probabilities per token"
     )
     model: Path | None = Field(None, description="another checkpoint folder whose denoiser is the reference")
     variant: str | None = Field(None, description="of its files, as model.variant")
     lora: Path | None = Field(None, description="LoRA on top of it; with a LoRA of an earlier round, its policy")
     draws: PositiveInt | None = Field(
-        None, description="K fixed (t, noise, crop, flip) draws per pair, visited in turn; required by `cached`"
+        None, description="K fixed (t, noise, crop, flip) draws per pair, visited in turn; required by `cached` of generators"
     )
 
     @model_validator(mode="after")
     def _draws(self) -> Reference:
-        if self.kind == "cached" and self.draws is None:
-            raise ValueError("reference.kind: cached needs reference.draws, for example 8")
         if self.other and self.kind == "adapter_off":
             raise ValueError("reference.kind: adapter_off is the model itself; drop it, or reference.model and .lora")
         return self

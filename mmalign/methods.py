@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from mmalign.methods_mllm import MLLM
 from mmalign.methods_reward import (
     BTT,
     HPS,
@@ -381,13 +382,13 @@ REWARDS: tuple[type[Objective], ...] = (
     Contrastive, HPS, PickScore, BradleyTerry, BTT, BTMargin, ScaledBT, LikelihoodDisplacement, RankingHinge, Triplet,
     GaussianBT, BTRegression, ListwiseCE, MSE, Ordinal,
 )
-LOSSES: tuple[type[Objective], ...] = (*PREFERENCES, Denoising, Reconstruction, *REWARDS)
+LOSSES: tuple[type[Objective], ...] = (*PREFERENCES, Denoising, Reconstruction, *REWARDS, MLLM)
 Loss = Annotated[
     DiffusionDPO | FlowDPO | IPO | Hinge | ConservativeDPO | RobustDPO | FDPO | DSPO | MaPO | DiffusionNPO | JPO
     | VideoDPO | SmPO | MarginDPO | StrengthDPO | RankDPO | PlackettLuce | LiPO | PRO | DiffusionKTO | BCO
     | RewardWeighted | BestOfGroup | Denoising | Reconstruction | Contrastive | HPS | PickScore | BradleyTerry | BTT
     | BTMargin | ScaledBT | LikelihoodDisplacement | RankingHinge | Triplet | GaussianBT | BTRegression | ListwiseCE
-    | MSE | Ordinal,
+    | MSE | Ordinal | MLLM,
     Field(discriminator="kind"),
 ]
 # fmt: on

@@ -108,7 +108,7 @@ class Loop:
         self.parameter_count = sum(p.numel() for p in self.named.values())
         assert self.named, "nothing to train"
         if config.optim.compile:
-            compiling.apply(config.optim, (task.adapter.denoiser, getattr(task, "frozen", None)))
+            compiling.apply(config.optim, (task.network, getattr(task, "frozen", None)))
         self.ema = EMAModel(self.named.values(), decay=config.ema.decay) if config.ema else None
         together = config.optim.batch_size * accelerator.num_processes
         self.order = order.order(config.seed, task.size, together, getattr(task, "buckets", None))

@@ -91,13 +91,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_parts(
-    folder: str | Path, dtype: torch.dtype, state: dict[str, Tensor] | None = None, origin: str = ""
-) -> tuple[Any, Any]:
+    folder: str | Path, dtype: torch.dtype, state: dict[str, Tensor] | None = None, origin: str = "",
+    any_logits: bool = False, **more: Any,
+) -> tuple[Any, Any]:  # fmt: skip
     """The model on the CPU in this precision, and its processor.
 
     Args:
         folder: of model and processor.
         state, origin: see `mmalign.backbones.vlm.load_vlm`.
+        any_logits: also families that scale or cap their logits after the head.
+        more: for ``from_pretrained``, such as ``attn_implementation``.
 
     Raises:
         ValueError: no such folder, a family that is not decoder-only or not known, code in the folder, a config or a
@@ -109,7 +112,7 @@ def load_parts(
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(path, **local)
-        _check_family(config, path)
+        _check_family(config, path, any_logits)
         processor = AutoProcessor.from_pretrained(path, **local)
         try:
             # The class itself, since the automatic one wants a folder where there are tensors.
@@ -125,15 +128,21 @@ def load_parts(
                 ignore_mismatched_sizes=True,  # so that all of them are told at once, by check_report
                 output_loading_info=True,
                 local_files_only=True,
+                **more,
             )
     except BAD_CONFIG as error:
         raise unreadable(str(path), error) from error
     check_report(report, origin or str(path))
+    check_processor(processor, path)
+    return model, processor
+
+
+def check_processor(processor: Any, path: Path) -> None:
+    """ValueError for a processor that puts no images into texts; one without a padding token gets its end token."""
     if getattr(processor, "image_token", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"{path}: its processor ({type(processor).__name__}) has no image placeholder for texts.")
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return model, processor
 
 
 def load_model(kind: Any, folder: str | Path, dtype: torch.dtype, parameter: str = "model") -> Any:
@@ -169,11 +178,11 @@ def unreadable(where: str, error: BaseException) -> ValueError:
     return ValueError(f"{where}: {words or type(error).__name__}")
 
 
-def _check_family(config: Any, path: Path) -> None:
+def _check_family(config: Any, path: Path, any_logits: bool) -> None:
     text = config.get_text_config()
     if config.is_encoder_decoder or text.is_encoder_decoder:
         raise ValueError(f"{config.model_type} has an encoder and a decoder; only decoder-only models are asked here.")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for name in () if any_logits else ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{config.model_type} changes its logits after the head ({name}); that is not built here.")
 

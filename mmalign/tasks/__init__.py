@@ -17,6 +17,7 @@ and, where it has them:
     begin(step)                          before each optimiser step
     tracks, track(means)                 metrics that it keeps averages of, and their means after each step
     finished(step), over                 whether to end the run here, and whether it had ended before a resume
+    network, take_whole(state)           the module that processes may share (FSDP2), and its whole tensors at the end
 
 A new task is one more file here and one more line in `TASKS`.
 """
@@ -28,20 +29,25 @@ from typing import Any
 
 import torch
 
+from mmalign.backbones.vlm_loading import model_folder
 from mmalign.jobs import TrainConfig
 from mmalign.models import base
+from mmalign.paths import find
 
 TASKS = {
     "preference": "mmalign.tasks.preference:PreferenceTask",
     "sft": "mmalign.tasks.sft:SFTTask",
     "autoencoder": "mmalign.tasks.autoencoder:AutoencoderTask",
     "reward": "mmalign.tasks.reward:RewardTask",
+    "mllm": "mmalign.tasks.mllm:MLLMTask",
 }
 
 
 def make(config: TrainConfig, device: torch.device) -> Any:
     """The task of a config. The model's folder is checked first, then the data are read, then weights load."""
-    if config.task != "reward":
+    if config.task == "mllm":
+        model_folder(find(config.model.path), "model.path", weights=not config.model.from_scratch)
+    elif config.task != "reward":
         base.check(config.model)
     elif config.model.family == "latent":
         base.check(config.model.model_copy(update={"family": "auto"}))

@@ -22,7 +22,7 @@ from mmalign.jobs import TrainConfig
 from mmalign.media import write_image, write_video
 from mmalign.models import base
 from mmalign.models.adapter import exact
-from mmalign.tasks.state import adapter_off
+from mmalign.tasks.state import adapter_off, rebuilt
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -189,6 +189,13 @@ def _exact_decoding(adapter: Any) -> Iterator[None]:
         yield
     finally:
         del vae.decode
+
+
+def take_whole(adapter: Any, state: dict[str, torch.Tensor]) -> None:
+    """Puts a whole denoiser in the place of one that several processes shared."""
+    shared = adapter.denoiser
+    adapter.denoiser = rebuilt(type(shared).from_config(shared.config), shared, state)
+    setattr(adapter.pipe, adapter.denoiser_name, adapter.denoiser)
 
 
 @torch.no_grad()

@@ -376,6 +376,15 @@ class PreferenceTask:
         print(f"step {step}: held-out reward {reward:.4g}, best {self.watch.best_reward:.4g}", file=sys.stderr)
         return enough
 
+    @property
+    def network(self) -> nn.Module:
+        """What several processes may share, and torch may compile."""
+        denoiser: nn.Module = self.adapter.denoiser
+        return denoiser
+
+    def take_whole(self, state: dict[str, Tensor]) -> None:
+        finish.take_whole(self.adapter, state)
+
     def export(self, folder: Path) -> None:
         with self.watch.best_weights() if self.watch is not None else nullcontext():
             finish.export(self.adapter, self.config, folder, self.facts)

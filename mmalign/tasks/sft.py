@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.jobs import TrainConfig
 from mmalign.losses import supervised
@@ -65,6 +65,15 @@ class SFTTask:
 
     def validate(self, folder: Path, step: int) -> None:
         finish.validate(self.adapter, self.config, folder, step)
+
+    @property
+    def network(self) -> nn.Module:
+        """What several processes may share, and torch may compile."""
+        denoiser: nn.Module = self.adapter.denoiser
+        return denoiser
+
+    def take_whole(self, state: dict[str, Tensor]) -> None:
+        finish.take_whole(self.adapter, state)
 
     def export(self, folder: Path) -> None:
         finish.export(self.adapter, self.config, folder, self.facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -81,3 +82,11 @@ def adapter_off(denoiser: Any) -> Iterator[None]:
         yield
     finally:
         denoiser.enable_adapters()
+
+
+def rebuilt(plain: Any, shared: Any, state: dict[str, Tensor]) -> Any:
+    """`plain`, a network of random weights, with the adapters of a shared one and its whole tensors."""
+    for name, settings in (getattr(shared, "peft_config", None) or {}).items():
+        plain.add_adapter(copy.deepcopy(settings), adapter_name=name)
+    plain.load_state_dict(state, assign=True)
+    return plain

@@ -1,0 +1,105 @@
+"""What training a vision-language model on answers adds to a training job: the block `mllm`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from mmalign.config import Strict
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Negative(Strict):
+    """Images that the answers are not about, for terms that compare with them; made once per row, from its content."""
+
+    kind: Literal["crop", "noise", "black", "rotate", "other"] = Field(
+        "crop",
+        description="crop: a small part, enlarged (mDPO); noise: the picture after so many steps of diffusion (CHiP, "
+        "POVID); black; rotate: by 90, 180 or 270 degrees; other: a picture of another row. A row's own "
+        "rejected_images come before all of them",
+    )
+    low: Share = Field(0.01, description="crop: smallest share of the area; 0.01 in mDPO's code")
+    high: Share = Field(0.2, description="crop: largest share; 0.2 in mDPO's code")
+    step: int = Field(500, ge=0, lt=1000, description="noise: step of a linear DDPM schedule of 1000")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Negative:
+        if self.low > self.high:
+            raise ValueError(f"mllm.negative.low ({self.low}) is above high ({self.high})")
+        return self
+
+
+class Mllm(Strict):
+    """How a vision-language model reads rows, and what of it is trained; for task: mllm."""
+
+    max_length: PositiveInt | None = Field(
+        None, description="tokens of a prompt and its longest answer; null: what the model reads. Nothing is cut off"
+    )
+    over_long: Literal["resize", "drop", "error"] = Field(
+        "error", description="rows beyond it: make their images smaller, and drop what still does not fit; drop; stop"
+    )
+    vision: Literal["frozen", "projector", "trained"] = Field(
+        "frozen",
+        description="the vision tower: frozen with its projector, so that each image is encoded once for chosen, "
+        "rejected and reference; frozen itself; or trained. Under a lora, adapters are in what is not frozen",
+    )
+    shared_prompt: Literal["auto", "on", "off"] = Field(
+        "auto", description="chosen and rejected behind one prompt in one row, where the family's positions allow it"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    quantise: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="the frozen weights under a lora, by bitsandbytes (QLoRA)"
+    )
+    system: str | None = Field(None, description="system prompt for rows that bring none; null: the template's own")
+    chat_template: Path | None = Field(None, description="Jinja file in place of the folder's chat template")
+    processor: dict[str, Any] = Field(
+        {}, description="arguments of the folder's processor, e.g. {max_pixels: 1003520} or {do_image_splitting: false}"
+    )
+    frames: PositiveInt = Field(8, description="of each clip, evenly spaced")
+    negative: Negative = Negative()
+
+
+def check(config: Any) -> None:
+    """ValueError for keys of a training job (`mmalign.jobs.TrainConfig`) that mean nothing for answers, and for
+    combinations that cannot work; each message names a way out."""
+    data, loss = config.data, config.loss
+    images = sorted(name for name in type(data).model_fields if name not in DATA and _given(data, name))
+    model = sorted(name for name in type(config.model).model_fields if name not in MODEL and _given(config.model, name))
+    blocks = sorted(name for name in GENERATORS if _given(config, name))
+    quantised, lora = config.mllm.quantise != "none", config.lora
+    cached, shared = config.reference.kind == "cached", config.sharding != "none"
+    problems = [
+        (bool(images), f"data.{images[0] if images else ''} is about pictures that are generated; drop it from task mllm"),
+        (bool(model), f"model.{model[0] if model else ''} is for generators; drop it from task mllm"),
+        (bool(blocks), f"{blocks[0] if blocks else ''} is for generators; drop it from task mllm"),
+        (config.model.from_scratch not in ((), ("model",)), "model.from_scratch of task mllm is [model], or nothing"),
+        (quantised and lora is None, f"mllm.quantise: {config.mllm.quantise} is for weights under a lora; give one"),
+        (lora is not None and lora.init is not None, "lora.init is for denoisers; to go on with a tuned model, merge its "
+         "adapter, and give the folder as model.path"),
+        (config.optim.train_text_encoder or bool(config.optim.offload), "optim.train_text_encoder and offload are for "
+         "generators; drop them from task mllm"),
+        (config.reference.lora is not None, "reference.lora is for denoisers; merge it, and give reference.model"),
+        (config.reference.draws is not None, "reference.draws are of noise, which answers have none of; drop it"),
+        (loss.reference_free and cached, "loss.terms have no reference; drop reference.kind: cached"),
+        (cached and bool({"kl", "guided"} & set(loss.needs)), "reference.kind: cached keeps one number for each token, and "
+         "this objective reads the reference's whole distribution; use auto"),
+        (shared and cached and lora is None, "sharding: fsdp2 and a cached reference without a lora do not go together: "
+         "every process would measure all rows; use reference.kind: frozen"),
+    ]  # fmt: skip
+    for wrong, message in problems:
+        if wrong:
+            raise ValueError(message)
+
+
+DATA = frozenset({"table", "format", "root", "shapes", "limit", "verify", "cache", "cache_dir"})
+MODEL = frozenset({"path", "from_scratch"})
+GENERATORS = ("timesteps", "noise", "guards", "online")
+
+
+def _given(block: Any, name: str) -> bool:
+    """Whether a key has another value than its default."""
+    field = type(block).model_fields[name]
+    return bool(getattr(block, name) != field.get_default(call_default_factory=True))
