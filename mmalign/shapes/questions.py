@@ -19,7 +19,7 @@ from mmalign.shapes.typical import FAVOURITES, habits
 
 SPLITS = ("random", "popular", "adversarial")
 FAMILIES = (*SPLITS, "colour", "relation")
-WORDS = frozenset("is there a in the picture ?".split())
+WORDS = frozenset("is there a in the picture".split())
 
 
 @dataclass(frozen=True)
