@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.shapes.descriptions import describe, believe, noisy_description
+from mmalign.shapes.descriptions import believe, noisy_description
 from mmalign.shapes.questions import FAMILIES, questions
 from mmalign.shapes.scene import Scene, render
 from mmalign.shapes.twins import ERRORS, corrupt

@@ -1,10 +1,9 @@
 """Reads a text about a scene as claims, and judges them against the scene: CHAIR with an exact truth.
 
 A mention is one shape of the discourse, however often it is named. "A red circle" is a new shape unless a shape of the
-same kind and colour was mentioned before; "the circle" is the latest circle; "it" and "its" are what the latest sentence
-before is about, the first shape that it names other than to say where one is; "another" and "two" always make new ones.
-So neither a pronoun nor a
-repetition is a second mention, and a model that repeats itself is not punished twice.
+same kind and colour was mentioned before; "the circle" is the latest circle; "it" and "its" are what the latest
+sentence before is about, the first shape that it names other than to say where one is; "another" and "two" always make
+new ones. So neither a pronoun nor a repetition is a second mention, and nobody is punished twice for one error.
 
 CHAIR_i, the share of hallucinated mentions, and CHAIR_s, the share of texts with one, follow Rohrbach et al., Object
 Hallucination in Image Captioning (1809.02156); there every naming counts, here every shape named. What a shape of this

@@ -19,7 +19,7 @@ from mmalign.shapes.typical import FAVOURITES, habits
 
 SPLITS = ("random", "popular", "adversarial")
 FAMILIES = (*SPLITS, "colour", "relation")
-WORDS = frozenset("is there a in the picture".split())
+WORDS = frozenset({"is", "there", "a", "in", "the", "picture"})
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,16 @@ def existence(scene: Scene, split: str, rng: np.random.Generator) -> list[Questi
         absent.sort(key=lambda each: -single[each])
     wrong: list[tuple[str, str]] = []
     for object_ in there:
+        left = [each for each in absent if each not in wrong]
         if split == "adversarial":
-            absent.sort(key=lambda each, beside=object_: -together[beside, each])  # type: ignore[misc]
-        wrong.append(next(each for each in absent if each not in wrong))
-    asked = [(object_, yes) for pair in zip(there, wrong, strict=True) for object_, yes in zip(pair, (True, False))]
-    return [Question(f"Is there a {colour} {kind} in the picture?", yes, split) for (kind, colour), yes in asked]
+            beside = {each: together[object_, each] for each in left}
+            left.sort(key=lambda each, often=beside: -often[each])  # type: ignore[misc]
+        wrong.append(left[0])
+    asked = []
+    for pair in zip(there, wrong, strict=True):
+        for (kind, colour), yes in zip(pair, (True, False), strict=True):
+            asked.append(Question(f"Is there a {colour} {kind} in the picture?", yes, split))
+    return asked
 
 
 def colour_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:

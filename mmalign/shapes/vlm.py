@@ -28,7 +28,9 @@ from mmalign.shapes.scene import SIDE
 PATCH = 8  # pixels
 LONGEST = 192  # tokens, those of the picture among them
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>")
-HEADS = frozenset("a above at below everything in is it left on right the there to".split())  # words that open sentences
+HEADS = frozenset(
+    ["a", "above", "at", "below", "everything", "in", "is", "it", "left", "on", "right", "the", "there", "to"]
+)  # words that open sentences
 TEMPLATE = (
     "<s>{% for message in messages %}"
     "{% if message.role == 'user' %}<|user|>"
@@ -88,7 +90,7 @@ def config(vocabulary: PreTrainedTokenizerFast, patch: int = PATCH) -> LlavaConf
         pad_token_id=vocabulary.pad_token_id,
     )  # fmt: skip
     made = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=vocabulary.convert_tokens_to_ids("<image>"),
+        vision_config=vision, text_config=text, image_token_index=vocabulary.get_vocab()["<image>"],
         vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=(SIDE // patch) ** 2,
         tie_word_embeddings=True,
     )  # fmt: skip
