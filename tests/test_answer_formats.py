@@ -190,6 +190,12 @@ def test_beavertails_has_two_labels(tmp_path: Path) -> None:
     assert [(row.chosen, row.safer) for row in table.rows] == [("one", "chosen"), ("one", "rejected"), ("two", None)]
     assert table.rows[0].meta == {"is_response_1_safe": "no"}
     assert reasons(table) == ["no label: more_helpful_response_id is '0', not 1 or 2"]
+    said = [
+        {"question": "What?", "image": "a.png", "response": "A", "is_response_safe": is_it}
+        for is_it in ("yes", "no", "")
+    ]
+    single = read(tmp_path, said)
+    assert single.format == "beavertails_v" and [row.label for row in single.rows] == [True, False]
 
 
 def test_mm_rlhf_with_clips_ties_and_reasons(tmp_path: Path) -> None:
@@ -428,20 +434,3 @@ def test_own_names_and_extra_columns(tmp_path: Path) -> None:
     table = read(tmp_path, rows, columns=names, extra="keep")
     assert brief(table) == [(Q, "A", "B", "a.png")] and table.rows[0].meta == {"split": "x"}
     assert table.rows[0].margin == 2.0
-
-
-def test_csv_as_a_spreadsheet_writes_it(tmp_path: Path) -> None:
-    put_images(tmp_path, *NAMES)
-    (tmp_path / "t.csv").write_text('prompt,chosen,rejected,image,margin\nHow many?,2,3,a.png,0.5\n"é, ""?""",4,5,,\n')
-    table = read_answers(tmp_path / "t.csv")
-    assert brief(table) == [("user: [i]How many?", "2", "3", "a.png"), ('user: é, "?"', "4", "5")]
-    assert [row.margin for row in table.rows] == [0.5, None]
-    (tmp_path / "k.csv").write_text('prompt,completion,label,images\nWhat?,A,1,"[""a.png"", ""b.png""]"\n')
-    assert [(row.label, len(row.images)) for row in read_answers(tmp_path / "k.csv").rows] == [(True, 2)]
-
-
-@pytest.mark.parametrize("name, text", [("t.jsonl", "{"), ("t.json", "{}"), ("t.csv", ""), ("t.parquet", "PAR1")])
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=name):
-        read_answers(tmp_path / name)
