@@ -13,7 +13,7 @@ import pytest
 from table_kit import png, put_images, put_json
 
 from mmalign.mllm.fields import conversation
-from mmalign.mllm.formats import AnswerTable, read_answers, write_answers
+from mmalign.mllm.formats import FORMATS, AnswerTable, read_answers, write_answers
 from mmalign.mllm.rows import AnswerRow, Part, Turn, Unusable, check_media, checked, only_user, parts_of, placed, turn
 from mmalign.preference_row import Dropped
 from mmalign.records import MediaRef
@@ -352,3 +352,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str, text: st
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):
         read_answers(tmp_path / name)
+
+
+def test_the_page_shows_rows_that_are_read_and_names_every_format(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "answers.md").read_text(encoding="utf-8")
+    (tmp_path / "t.jsonl").write_text(page.split("One of each kind:")[1].split("```")[1].lstrip(), encoding="utf-8")
+    table = read_answers(tmp_path / "t.jsonl", format="trl", verify=False)
+    assert [each.kind for each in table.rows] == ["pair", "pair", "unpaired", "answer", "answer"] and not table.dropped
+    named = {line.split("`")[1] for line in page.split("## Formats")[1].splitlines() if line.startswith("| `")}
+    assert set(FORMATS) <= named
