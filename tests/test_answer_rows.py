@@ -358,6 +358,12 @@ def test_the_page_shows_rows_that_are_read_and_names_every_format(tmp_path: Path
     page = (Path(__file__).resolve().parents[1] / "docs" / "answers.md").read_text(encoding="utf-8")
     (tmp_path / "t.jsonl").write_text(page.split("One of each kind:")[1].split("```")[1].lstrip(), encoding="utf-8")
     table = read_answers(tmp_path / "t.jsonl", format="trl", verify=False)
-    assert [each.kind for each in table.rows] == ["pair", "pair", "unpaired", "answer", "answer"] and not table.dropped
+    assert [each.kind for each in table.rows] == [
+        "pair",
+        "image_pair",
+        "unpaired",
+        "answer",
+        "answer",
+    ] and not table.dropped
     named = {line.split("`")[1] for line in page.split("## Formats")[1].splitlines() if line.startswith("| `")}
     assert set(FORMATS) <= named
