@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmalign.mllm.rows import AnswerRow, Span, Turn, Unusable, checked, only_user, placed, turn
+from mmalign.mllm.rows import AnswerRow, Span, Turn, Unusable, check_media, checked, only_user, placed, turn
 from mmalign.records import MediaRef, Record
 
 OPTIONS = ("margin", "weight", "chosen_spans", "rejected_spans", "safer", "source", "meta", "rejected_images")
@@ -196,7 +196,7 @@ def each_answer(
     fields: Fields, turns: Sequence[Turn], images: tuple[MediaRef, ...], videos: tuple[MediaRef, ...], **known: Any
 ) -> Iterator[AnswerRow]:
     """A row to imitate for each of the assistant's turns, with the media that were shown up to it."""
-    _match(turns, images, videos)
+    check_media(turns, len(images), len(videos))  # of the whole, before it is cut into its answers
     answers = [number for number, each in enumerate(turns) if each.role == "assistant"]
     if not answers:
         raise Unusable("empty answer", "the assistant says nothing")
@@ -208,12 +208,3 @@ def each_answer(
             images[: shown.count("image")], videos[: shown.count("video")], **known,
         )  # fmt: skip
         yield row if len(answers) == 1 else replace(row, origin=f"{row.origin} turn {number}")
-
-
-def _match(turns: Sequence[Turn], images: Sequence[MediaRef], videos: Sequence[MediaRef]) -> None:
-    """Unusable if a conversation has other media than placeholders, before it is cut into its answers."""
-    shown = [part.kind for each in turns for part in each.parts]
-    if shown.count("image") != len(images) or shown.count("video") != len(videos):
-        detail = f"the conversation has {shown.count('image')} and {shown.count('video')} placeholders"
-        detail += f" for {len(images)} images and {len(videos)} videos"
-        raise Unusable("placeholders do not match", detail)

@@ -166,7 +166,9 @@ ADAPTERS: dict[str, Adapter] = {
     ),
     "beavertails_v": Adapter(
         beavertails_v,
-        _needs("question image response_1 response_2 more_helpful_response_id"),
+        _needs(
+            "question image response_1 response_2 more_helpful_response_id", "question image response is_response_safe"
+        ),
         uses=("safer_response_id",),
         keeps=_BEAVER,
         source="beavertails_v",

@@ -16,6 +16,8 @@ def trl(row: Fields) -> Iterator[AnswerRow]:
     paired = row.get("chosen") is not None or row.get("rejected") is not None
     if (completion is not None) + (messages is not None) + paired > 1:
         raise Unusable("several kinds of answer", "a row has one of chosen, completion, messages")
+    if row.get("label") is not None and completion is None:
+        raise Unusable("bad label", "a label is about a completion, and the row has none")
     images = row.media("images", "image") or said_media(prompt or messages, row, "image")
     videos = row.media("videos", "video") or said_media(prompt or messages, row, "video")
     if messages is not None:

@@ -125,13 +125,23 @@ def align_anything(row: Fields) -> Iterator[AnswerRow]:
 
 
 def beavertails_v(row: Fields) -> Iterator[AnswerRow]:
-    """BeaverTails-V (Ji et al., 2503.17682): two labels, more_helpful_response_id for chosen, safer_response_id."""
-    better, safe = _of_two(row, "more_helpful_response_id"), _of_two(row, "safer_response_id")
+    """BeaverTails-V (Ji et al., 2503.17682): more_helpful_response_id says which is chosen, safer_response_id `safer`.
+
+    Its other release has one response and is_response_safe ("yes" or "no"), which is the label of an unpaired row.
+    """
+    if row.get("response") is not None:
+        safe = {"yes": True, "no": False}.get(str(row.get("is_response_safe")).lower())
+        if safe is None:
+            raise Unusable("no label", f"is_response_safe is {row.get('is_response_safe')!r:.40}, not yes or no")
+        images = row.media("image")
+        yield row.row(only_user(row.get("question"), len(images)), row.get("response"), None, images, label=safe)
+        return
+    better, safer_one = _of_two(row, "more_helpful_response_id"), _of_two(row, "safer_response_id")
     if better is None:
         value = row.get("more_helpful_response_id")
         raise Unusable("no label", f"more_helpful_response_id is {value!r:.40}, not 1 or 2")
     answers = (row.get(f"response_{better}"), row.get(f"response_{3 - better}"))
-    safer: Safer | None = None if safe is None else "chosen" if safe == better else "rejected"
+    safer: Safer | None = None if safer_one is None else "chosen" if safer_one == better else "rejected"
     yield from row.pair(row.get("question"), *answers, row.media("image"), safer=safer)
 
 

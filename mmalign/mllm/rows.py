@@ -215,15 +215,7 @@ def only_user(text: Any, images: int, videos: int = 0) -> tuple[Turn, ...]:
 def checked(row: AnswerRow) -> AnswerRow:
     """`row` itself. Unusable, with the reason, for anything that training could not use or would use wrongly."""
     _check_prompt(row)
-    for name, count, places in (
-        ("image", len(row.images), _places(row, "image")),
-        ("video", len(row.videos), _places(row, "video")),
-    ):
-        if places and not count:
-            raise Unusable(f"no {name}", f"the prompt has {_many(places, f'{name} placeholder')} and the row no {name}")
-        if places != count:
-            detail = f"the prompt has {_many(places, f'{name} placeholder')} for {_many(count, name)}"
-            raise Unusable("placeholders do not match", detail)
+    check_media(row.prompt, len(row.images), len(row.videos))
     _check_answers(row)
     _check_negatives(row)
     for name in ("margin", "weight"):
@@ -241,8 +233,15 @@ def checked(row: AnswerRow) -> AnswerRow:
     return row
 
 
-def _places(row: AnswerRow, kind: str) -> int:
-    return sum(part.kind == kind for each in row.prompt for part in each.parts)
+def check_media(turns: Sequence[Turn], images: int, videos: int) -> None:
+    """Unusable unless `turns` have as many placeholders as there are images and videos."""
+    for name, count in (("image", images), ("video", videos)):
+        places = sum(part.kind == name for each in turns for part in each.parts)
+        said = f"the prompt has {_many(places, f'{name} placeholder')}"
+        if places and not count:
+            raise Unusable(f"no {name}", f"{said} and the row no {name}")
+        if places != count:
+            raise Unusable("placeholders do not match", f"{said} for {_many(count, name)}")
 
 
 def _many(count: int, name: str) -> str:
