@@ -15,15 +15,19 @@ weights), the vision tower frozen in both. Ways:
 First all ways get the same batch, and have to agree in loss and gradient. Then blocks alternate (trl, online, cached,
 rows, trl, ...); a block is a few optimiser steps with everything that makes a batch of rows, images and processor
 included. A ratio is the median over rounds of TRL's seconds by ours; the range of n rounds holds the true median with
-confidence 1 - 2^(1-n). Peak memory is of a block: CUDA's allocator, or the resident peak, less what the process held
-before the block (weights, optimiser, libraries).
+confidence 1 - 2^(1-n). Peak memory is of a process that does nothing but a few steps of one way: CUDA's allocator, or
+the resident peak; "working" is without what the process held before its first step (weights, libraries).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -228,20 +232,51 @@ def _plain(name: str) -> str:
     return name.replace("base_model.model.", "").replace(".default", "")
 
 
+def make(way: str, scratch: Path, options: argparse.Namespace) -> Any:
+    """One way on the folder and the rows that lie in `scratch`, which are written if they are not there."""
+    model, data = scratch / "model", scratch / "data"
+    if not model.is_dir():
+        model_folder(model, options.size, options.side)
+        write_rows(data, options.rows, options.side, options.prompt, options.answer)
+    if way != "trl":
+        return Ours(way, model, data / "rows.jsonl", options, scratch, torch.device(options.device))
+    rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
+    opened = [row | {"images": [Image.open(data / name).convert("RGB") for name in row["images"]]} for row in rows]
+    return TRL(model, opened, options, scratch, torch.device(options.device))
+
+
+def peak(way: str, scratch: Path, options: argparse.Namespace) -> dict[str, int]:
+    """Bytes held before the first step, and the peak of a few steps, in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--scratch", str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def only(options: argparse.Namespace) -> dict[str, int]:
+    """What `peak` asks of its process."""
+    device, way = torch.device(options.device), make(options.only, options.scratch, options)
+    if options.only == "cached":  # measured by the way that has the timings; the cache is full by now
+        way.loss(0)
+        way.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if device.type == "cpu":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _held(device)
+    _, found = peak_of(lambda: [step(way, n) for n in range(options.steps)], device)
+    return {"before": before, "peak": found or 0}
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
-        model = model_folder(scratch / "model", options.size, options.side)
-        table, rows = write_rows(scratch / "data", options.rows, options.side, options.prompt, options.answer)
-        make: dict[str, Callable[[], Any]] = {
-            name: (lambda name=name: Ours(name, model, table, options, scratch, device)) for name in WAYS if name != "trl"
-        }
-        make["trl"] = lambda: TRL(model, rows, options, scratch, device)
-        ways = {name: make[name]() for name in WAYS if name in options.ways}
+        ways = {name: make(name, scratch, options) for name in WAYS if name in options.ways}
         encoded = ways["online"].task.load([(0, 0)])["encoded"][0]
         figures: dict[str, Any] = {
-            "machine": machine(device), "options": vars(options) | {"json": None},
+            "machine": machine(device), "options": vars(options) | {"json": None, "scratch": None},
             "tokens": {"prompt": len(encoded.prompt.ids), "answers": [len(a) for a in encoded.answers]},
             "parameters": sum(p.numel() for p in ways["online"].module.parameters()), "agree": agree(ways), "rounds": [],
         }  # fmt: skip
@@ -251,10 +286,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(options.rounds):
             line: dict[str, Any] = {}
             for name, way in ways.items():
-                before = _held(device)
-                seconds, peak = peak_of(lambda way=way: [step(way, n) for n in range(options.steps)], device)  # type: ignore[misc]
-                line[name] = {"seconds": seconds, "peak": None if peak is None else peak - before}
+                line[name] = clock(lambda way=way: [step(way, n) for n in range(options.steps)], device)  # type: ignore[misc]
             figures["rounds"].append(line)
+        names = list(ways)
+        del ways
+        figures["memory"] = {name: peak(name, scratch, options) for name in names}
     figures["summary"] = summary(figures, options)
     return figures
 
@@ -269,26 +305,26 @@ def _held(device: torch.device) -> int:
 def summary(figures: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for name in options.ways:
-        seconds = [line[name]["seconds"] for line in figures["rounds"]]
-        ratios = [line["trl"]["seconds"] / line[name]["seconds"] for line in figures["rounds"]]
-        memory = [line[name]["peak"] / line["trl"]["peak"] for line in figures["rounds"] if line[name]["peak"]]
+        seconds = [line[name] for line in figures["rounds"]]
+        ratios = [line["trl"] / line[name] for line in figures["rounds"]]
+        own, theirs = figures["memory"][name], figures["memory"]["trl"]
         found[name] = {
             "pairs_per_second": options.steps * options.batch_size / statistics.median(seconds),
             "speed": statistics.median(ratios), "speed_range": [min(ratios), max(ratios)],
-            "memory": statistics.median(memory) if memory else None,
-            "memory_range": [min(memory), max(memory)] if memory else None,
-            "peak_mib": statistics.median(line[name]["peak"] for line in figures["rounds"]) / 2**20 if memory else None,
+            "peak_mib": own["peak"] / 2**20, "peak": own["peak"] / theirs["peak"],
+            "working_mib": (own["peak"] - own["before"]) / 2**20,
+            "working": (own["peak"] - own["before"]) / (theirs["peak"] - theirs["before"]),
         }  # fmt: skip
     return found
 
 
 def table(figures: dict[str, Any]) -> str:
-    lines = ["| way | pairs/s | speed by TRL's | working memory by TRL's | MiB |", "| --- | ---: | ---: | ---: | ---: |"]
+    heads = ("way", "pairs/s", "speed by TRL's", "peak, MiB", "by TRL's", "working, MiB", "by TRL's")
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * 6}"]
     for name, each in figures["summary"].items():
         speed = f"{each['speed']:.2f} [{each['speed_range'][0]:.2f}, {each['speed_range'][1]:.2f}]"
-        memory = "-" if each["memory"] is None else f"{each['memory']:.2f} [{each['memory_range'][0]:.2f}, {each['memory_range'][1]:.2f}]"
-        peak = "-" if each["peak_mib"] is None else f"{each['peak_mib']:.0f}"
-        lines.append(f"| {name} | {each['pairs_per_second']:.3g} | {speed} | {memory} | {peak} |")
+        memory = f"{each['peak_mib']:.0f} | {each['peak']:.2f} | {each['working_mib']:.0f} | {each['working']:.2f}"
+        lines.append(f"| {name} | {each['pairs_per_second']:.3g} | {speed} | {memory} |")
     return "\n".join(lines)
 
 
@@ -308,12 +344,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     made.add_argument("--json", type=Path)
+    made.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
+    made.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     return made
 
 
 def main() -> None:
     options = parser().parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if options.only:
+        print(json.dumps(only(options)))
+        return
     if not {"trl", "online"} <= set(options.ways):
         raise SystemExit("--ways needs trl and online, which the others are compared with")
     figures = measure(options)
