@@ -39,8 +39,13 @@ import torch
 from machine import clock, machine, peak_of
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from mmalign import tasks
 from mmalign.config import build
@@ -80,14 +85,18 @@ def model_folder(folder: Path, size: str, side: int) -> Path:
     text = dict(wanted["text"])
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope")}
     config = Qwen2_5_VLConfig(
-        text_config={**text, "eos_token_id": ids["<|im_end|>"], "bos_token_id": None, "pad_token_id": ids["<|endoftext|>"]},
+        text_config={
+            **text, "eos_token_id": ids["<|im_end|>"], "bos_token_id": None, "pad_token_id": ids["<|endoftext|>"]
+        },
         vision_config={**wanted["vision"], "out_hidden_size": text["hidden_size"]},
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32 if size == "small" else torch.bfloat16)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(
+        config, dtype=torch.float32 if size == "small" else torch.bfloat16
+    )
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     pixels = {"shortest_edge": 28 * 28, "longest_edge": side * side}
@@ -113,7 +122,10 @@ def write_rows(folder: Path, count: int, side: int, prompt: int, answer: int) ->
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         coarse.resize((side, side), Image.Resampling.BICUBIC).save(file)
         said = ["".join(rng.choice(letters, n)) + "." for n in (prompt, answer, answer * 4 // 5)]
-        turns = [[{"role": role, "content": text}] for role, text in zip(("user", "assistant", "assistant"), said, strict=True)]
+        turns = [
+            [{"role": role, "content": text}]
+            for role, text in zip(("user", "assistant", "assistant"), said, strict=True)
+        ]
         row = dict(zip(("prompt", "chosen", "rejected"), turns, strict=True))
         lines.append(json.dumps({"images": [f"images/{i}.png"], **row}))
         rows.append({"images": [Image.open(file).convert("RGB")], **row})
@@ -125,7 +137,9 @@ def write_rows(folder: Path, count: int, side: int, prompt: int, answer: int) ->
 class Ours:
     """The task of `mmalign train`, its module and an optimiser."""
 
-    def __init__(self, way: str, model: Path, table: Path, options: argparse.Namespace, scratch: Path, device: torch.device):
+    def __init__(
+        self, way: str, model: Path, table: Path, options: argparse.Namespace, scratch: Path, device: torch.device
+    ):
         config = build(TrainConfig, {
             "task": "mllm", "output": str(scratch / way), "model": {"path": str(model)},
             "data": {"table": str(table), "cache_dir": str(scratch / "cache")},
@@ -133,7 +147,8 @@ class Ours:
             "reference": {"kind": "cached" if way == "cached" else "auto"},
             "lora": None if options.full else {"rank": RANK, "targets": TARGETS},
             "mllm": {"shared_prompt": "off" if way == "rows" else "on"},
-            "precision": "bf16" if options.dtype == "bfloat16" else "fp32", "device": device.type, "log": {"trackers": []},
+            "precision": "bf16" if options.dtype == "bfloat16" else "fp32", "device": device.type,
+            "log": {"trackers": []},
             "optim": {"gradient_checkpointing": options.checkpointing},
         }, "mllm_dpo", [])  # fmt: skip
         self.task, self.size, self.device = tasks.make(config, device), options.batch_size, device
@@ -151,7 +166,9 @@ class Ours:
 class TRL:
     """DPOTrainer's collator, its loss and an optimiser on the same folder, with the same adapters or weights."""
 
-    def __init__(self, model: Path, rows: list[dict[str, Any]], options: argparse.Namespace, scratch: Path, device: torch.device):
+    def __init__(
+        self, model: Path, rows: list[dict[str, Any]], options: argparse.Namespace, scratch: Path, device: torch.device
+    ):
         from datasets import Dataset
         from peft import LoraConfig
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -161,14 +178,18 @@ class TRL:
         load: Callable[[], Any] = lambda: AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)  # noqa: E731
         module, processor = load(), AutoProcessor.from_pretrained(model)
         targets = r"model\.language_model\..*\.(" + "|".join(TARGETS) + ")"
-        lora = None if options.full else LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM")
+        lora = (
+            None if options.full else LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM")
+        )
         settings = DPOConfig(
-            output_dir=str(scratch / "trl"), per_device_train_batch_size=options.batch_size, max_length=None, report_to=[],
+            output_dir=str(scratch / "trl"), per_device_train_batch_size=options.batch_size, max_length=None,
+            report_to=[],
             use_cpu=device.type == "cpu", bf16=options.dtype == "bfloat16", beta=BETA, loss_type=["sigmoid"],
             gradient_checkpointing=options.checkpointing, remove_unused_columns=False, dataloader_num_workers=0,
         )  # fmt: skip
         self.trainer = DPOTrainer(
-            model=module, ref_model=load() if options.full else None, args=settings, train_dataset=Dataset.from_list(rows),
+            model=module, ref_model=load() if options.full else None, args=settings,
+            train_dataset=Dataset.from_list(rows),
             processing_class=processor, peft_config=lora,
         )  # fmt: skip
         self.rows, self.size, self.device = rows, options.batch_size, device
@@ -207,7 +228,9 @@ def agree(ways: dict[str, Any]) -> dict[str, float]:
     found: dict[str, tuple[float, Tensor]] = {}
     for name, way in ways.items():
         generator = torch.Generator().manual_seed(1)
-        named = sorted(((_plain(n), p) for n, p in way.module.named_parameters() if p.requires_grad), key=lambda each: each[0])
+        named = sorted(
+            ((_plain(n), p) for n, p in way.module.named_parameters() if p.requires_grad), key=lambda each: each[0]
+        )
         with torch.no_grad():
             for key, parameter in named:
                 if "lora_" in key:
@@ -278,7 +301,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         figures: dict[str, Any] = {
             "machine": machine(device), "options": vars(options) | {"json": None, "scratch": None},
             "tokens": {"prompt": len(encoded.prompt.ids), "answers": [len(a) for a in encoded.answers]},
-            "parameters": sum(p.numel() for p in ways["online"].module.parameters()), "agree": agree(ways), "rounds": [],
+            "parameters": sum(p.numel() for p in ways["online"].module.parameters()), "agree": agree(ways),
+            "rounds": [],
         }  # fmt: skip
         for name, way in ways.items():  # kernels are chosen, the cache is filled
             for number in range(-(-options.rows // options.batch_size) if name == "cached" else 1):
@@ -359,7 +383,11 @@ def main() -> None:
         raise SystemExit("--ways needs trl and online, which the others are compared with")
     figures = measure(options)
     print(table(figures))
-    print(json.dumps({name: figures[name] for name in ("machine", "tokens", "parameters", "agree")}, indent=1, default=str))
+    print(
+        json.dumps(
+            {name: figures[name] for name in ("machine", "tokens", "parameters", "agree")}, indent=1, default=str
+        )
+    )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 

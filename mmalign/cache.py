@@ -27,8 +27,16 @@ import torch
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
-KINDS = ("latents", "prompt_embeddings", "reference_errors", "inversions", "features", "digests", "reference_log_probs",
-         "answer_sizes")
+KINDS = (
+    "latents",
+    "prompt_embeddings",
+    "reference_errors",
+    "inversions",
+    "features",
+    "digests",
+    "reference_log_probs",
+    "answer_sizes",
+)
 _LAYOUT = 1  # enters every key: raise it when what an entry means changes
 _NO_CRC = "00000000"
 _STALE_SECONDS = 3600.0

@@ -99,7 +99,8 @@ def prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """`accelerator.prepare`, with what a task's modules need of DDP or FSDP2.
 
-    Under FSDP2 the blocks of the task's network are gathered one after the other, what is outside of blocks with the whole module.
+    Under FSDP2 the blocks of the task's network are gathered one after the other, what is outside of blocks with the
+    whole module.
     """
     if is_shared(made):
         if getattr(task, "frozen", None) is not None:
@@ -209,4 +210,3 @@ def put_together(made: Accelerator, task: Any) -> None:
     state = whole(dict(task.network.state_dict()), keep=made.is_main_process)
     if made.is_main_process:
         task.take_whole(state)
-

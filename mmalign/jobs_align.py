@@ -138,13 +138,16 @@ class Reference(Strict):
     """The model that preferences are measured against."""
 
     kind: Literal["auto", "adapter_off", "frozen", "cached"] = Field(
-        "auto", description="auto: adapter_off with LoRA, frozen copy without; cached: errors stored per draw, of answers log-probabilities per token"
+        "auto",
+        description="auto: adapter_off with LoRA, frozen copy without; cached: errors stored per draw, of answers "
+        "log-probabilities per token",
     )
     model: Path | None = Field(None, description="another checkpoint folder whose denoiser is the reference")
     variant: str | None = Field(None, description="of its files, as model.variant")
     lora: Path | None = Field(None, description="LoRA on top of it; with a LoRA of an earlier round, its policy")
     draws: PositiveInt | None = Field(
-        None, description="K fixed (t, noise, crop, flip) draws per pair, visited in turn; required by `cached` of generators"
+        None,
+        description="K fixed (t, noise, crop, flip) draws per pair, visited in turn; `cached` needs it of generators",
     )
 
     @model_validator(mode="after")

@@ -72,22 +72,22 @@ def check(config: Any) -> None:
     quantised, lora = config.mllm.quantise != "none", config.lora
     cached, shared = config.reference.kind == "cached", config.sharding != "none"
     problems = [
-        (bool(images), f"data.{images[0] if images else ''} is about pictures that are generated; drop it from task mllm"),
+        (bool(images), f"data.{images[0] if images else ''} is about generated pictures; drop it from task mllm"),
         (bool(model), f"model.{model[0] if model else ''} is for generators; drop it from task mllm"),
         (bool(blocks), f"{blocks[0] if blocks else ''} is for generators; drop it from task mllm"),
         (config.model.from_scratch not in ((), ("model",)), "model.from_scratch of task mllm is [model], or nothing"),
         (quantised and lora is None, f"mllm.quantise: {config.mllm.quantise} is for weights under a lora; give one"),
-        (lora is not None and lora.init is not None, "lora.init is for denoisers; to go on with a tuned model, merge its "
-         "adapter, and give the folder as model.path"),
+        (lora is not None and lora.init is not None, "lora.init is for denoisers; to go on with a tuned model, merge "
+         "its adapter, and give the folder as model.path"),
         (config.optim.train_text_encoder or bool(config.optim.offload), "optim.train_text_encoder and offload are for "
          "generators; drop them from task mllm"),
         (config.reference.lora is not None, "reference.lora is for denoisers; merge it, and give reference.model"),
         (config.reference.draws is not None, "reference.draws are of noise, which answers have none of; drop it"),
         (loss.reference_free and cached, "loss.terms have no reference; drop reference.kind: cached"),
-        (cached and bool({"kl", "guided"} & set(loss.needs)), "reference.kind: cached keeps one number for each token, and "
-         "this objective reads the reference's whole distribution; use auto"),
-        (shared and cached and lora is None, "sharding: fsdp2 and a cached reference without a lora do not go together: "
-         "every process would measure all rows; use reference.kind: frozen"),
+        (cached and bool({"kl", "guided"} & set(loss.needs)), "reference.kind: cached keeps one number for each token, "
+         "and this objective reads the reference's whole distribution; use auto"),
+        (shared and cached and lora is None, "sharding: fsdp2 and a cached reference without a lora do not go "
+         "together: every process would measure all rows; use reference.kind: frozen"),
     ]  # fmt: skip
     for wrong, message in problems:
         if wrong:

@@ -373,22 +373,26 @@ class MLLM(Objective):
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
-        kinds = [term.kind for term in self.terms]  # type: ignore[attr-defined]
+        kinds = [term.kind for term in self.terms]
         twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
         if twice:
             raise ValueError(f"loss.terms: {twice} is there twice; add up their weights")
         if not any(term.weight for term in self.terms):
             raise ValueError("loss.terms: every weight is 0, so nothing would be trained")
         if self.items == "singles" and self.tokens.kind not in ("plain", "mean"):
-            raise ValueError(f"loss.tokens: {self.tokens.kind} compares two answers, and these terms take one; use plain")
+            raise ValueError(
+                f"loss.tokens: {self.tokens.kind} compares two answers, and these terms take one; use plain"
+            )
         normed = {"ipo", "dpo_norm", "orpo", "simpo"} & set(kinds)
         if normed and (self.tokens.kind == "mean" or (self.tokens.kind == "segments" and self.tokens.normalise)):
             raise ValueError(
-                f"loss.terms: {sorted(normed)[0]} divides by the length itself, and loss.tokens: {self.tokens.kind} does so "
-                "already; use tokens: plain, or another term"
+                f"loss.terms: {sorted(normed)[0]} divides by the length itself, and loss.tokens: {self.tokens.kind} "
+                "does so already; use tokens: plain, or another term"
             )
         if self.visual_guidance and ("blind" in self.needs):
-            raise ValueError("loss.visual_guidance guides by the negative image, which another term compares with; drop one")
+            raise ValueError(
+                "loss.visual_guidance guides by the negative image, which another term compares with; drop one"
+            )
         return self
 
 

@@ -1,5 +1,6 @@
-"""Tiny models of every family that answers are tuned for, beside those of `vlm_kit`; rows and pictures to go with them."""
+"""Tiny models of every family that answers are tuned for, beside those of `vlm_kit`; pictures to go with them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -24,6 +25,10 @@ from transformers import (
 )
 from vlm_kit import FAMILIES as SCORED
 from vlm_kit import LLAVA_CHAT, MAKERS, _text, byte_tokenizer, llama_tokenizer, randomise
+
+from mmalign.config import build
+from mmalign.jobs import TrainConfig
+from mmalign.media import write_image
 
 FAMILIES = (*SCORED, "qwen3_vl", "llava_next", "internvl", "gemma3")
 SEVERAL = tuple(name for name in FAMILIES if name not in ("llava",))
@@ -134,3 +139,40 @@ def picture(size=(40, 50), seed=0):
     """uint8 [3, H, W] of noise."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+
+
+def write_rows(folder, count=5, images=(1,), scale=1, **columns):
+    """A table of pairs in TRL's columns with pictures of several sizes; `columns`: lists of further ones."""
+    lines = []
+    for i in range(count):
+        names = [f"{i}-{j}.png" for j in range(images[i % len(images)])]
+        for j, name in enumerate(names):
+            size = (scale * (40 + 6 * i), scale * (50 + 9 * j))
+            write_image(folder / name, picture(size, seed=10 * i + j).permute(1, 2, 0).numpy())
+        row = {
+            "images": names,
+            "prompt": [{"role": "user", "content": ("What is it?", "Is it red? Say so.", "Why?")[i % 3]}],
+            "chosen": [{"role": "assistant", "content": f"A red circle, {'and ' * (i % 3)}so on."}],
+            "rejected": [{"role": "assistant", "content": f"A blue cross, {'or ' * (i % 2)}no more."}],
+        }
+        lines.append(json.dumps(row | {name: values[i] for name, values in columns.items()}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
+
+
+def answer_settings(output, model, table, terms=("dpo",), **changes):
+    """A config of task mllm; `changes` of nested keys are written as optim__lr."""
+    wanted = {
+        "task": "mllm", "output": str(output), "model": {"path": str(model)},
+        "data": {"table": str(table), "cache_dir": str(Path(output).parent / "cache")},
+        "loss": {"kind": "mllm", "terms": [{"kind": term} if isinstance(term, str) else term for term in terms]},
+        "lora": {"rank": 2}, "optim": {"steps": 4, "batch_size": 2, "lr": 1e-3}, "device": "cpu",
+        "log": {"trackers": [], "memory": False}, "checkpoint": {"every": 1},
+    }  # fmt: skip
+    for name, value in changes.items():
+        block, _, key = name.partition("__")
+        if key:
+            wanted[block] = {**(wanted.get(block) or {}), key: value}
+        else:
+            wanted[block] = value
+    return build(TrainConfig, wanted, "test", [])

@@ -1,5 +1,5 @@
-"""Log-probabilities, KL and guided ones, a slice of places at a time: against whole tables in float64, gradients too, and
-against stock models that cap or scale their logits."""
+"""Log-probabilities, KL and guided ones, a slice of places at a time: against whole tables in float64, gradients too,
+and against stock models that cap or scale their logits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig
-from transformers import GraniteForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from mmalign.mllm import readout
 from mmalign.mllm.readout import Head, guided_log_probs, kl, log_probs
@@ -67,7 +73,9 @@ def test_kl_is_the_sum_over_the_vocabulary(kept: int, monkeypatch: pytest.Monkey
     found.sum().backward()
     assert hidden.grad is not None
     assert reference.grad is None  # the reference is not trained
-    torch.testing.assert_close(kl(head, hidden, head, hidden.detach()).detach(), torch.zeros(PLACES, dtype=torch.float64))
+    torch.testing.assert_close(
+        kl(head, hidden, head, hidden.detach()).detach(), torch.zeros(PLACES, dtype=torch.float64)
+    )
 
 
 def test_guidance_of_one_is_none_and_more_moves_away_from_the_blind() -> None:

@@ -74,7 +74,9 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with torch.no_grad():
                 for key, parameter in model.named_parameters():
                     parameter.mul_(1 if parameter.ndim < 2 else 0.3)
-                    if number and loading.part_of(key) == "language":  # the vision tower is frozen, and the same in both
+                    if (
+                        number and loading.part_of(key) == "language"
+                    ):  # the vision tower is frozen, and the same in both
                         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
             model.save_pretrained(folder)
             template = folder / "chat_template.jinja"

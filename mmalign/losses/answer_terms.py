@@ -63,7 +63,7 @@ def _averaged(scores: Scores) -> Tensor:
 
 
 def dpo_norm(scores: Scores, *, beta: Beta) -> Tensor:
-    """Length-normalised DPO (as in Tulu 3, 2411.15124): -s(beta (D-bar(chosen) - D-bar(rejected))). TRL: sigmoid_norm."""
+    """Length-normalised DPO (as in Tulu 3, 2411.15124): -s(beta (D-bar_w - D-bar_l)). TRL: sigmoid_norm."""
     return -F.logsigmoid(beta * _averaged(scores))
 
 
@@ -90,7 +90,7 @@ def f_dpo(scores: Scores, *, beta: Beta, divergence: str = "js", alpha: float = 
 def jpo(scores: Scores, *, beta: Beta) -> Tensor:
     """JPO (Bansal et al. 2404.00530): DPO of (prompt, answer) pairs whose prompts differ.
 
-    Every chosen answer against the rejected ones of the batch's other rows, averaged; against its own in a batch of one.
+    Every chosen answer against the rejected ones of the batch's other rows, averaged; its own in a batch of one.
     It takes each chosen answer to be better than each rejected one, whatever was asked.
     """
     difference = scores.chosen.ratio[:, None] - scores.rejected.ratio[None]
@@ -113,7 +113,7 @@ def bco_pair(scores: Scores, *, beta: Beta, shift: Tensor | float = 0.0) -> Tens
 
 
 def sppo_hard(scores: Scores, *, beta: Beta) -> Tensor:
-    """SPPO (Wu et al. 2405.00675, equation 4.7), the winner's probability 1: (D_w - 1/(2 beta))^2 + (D_l + 1/(2 beta))^2."""
+    """SPPO (Wu et al. 2405.00675, equation 4.7), the winner surely better: (D_w - 1/2beta)^2 + (D_l + 1/2beta)^2."""
     target = 0.5 / beta
     return (scores.chosen.ratio - target).square() + (scores.rejected.ratio + target).square()
 
@@ -170,7 +170,7 @@ def _sorted(delta: Tensor, beta: Beta, flip_rate: float) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- no reference
 def orpo(scores: Scores, *, beta: Beta) -> Tensor:
-    """ORPO (Hong et al. 2403.07691): -lp-bar_w - beta s(log odds(w) - log odds(l)), odds = p / (1 - p), p = e^lp-bar."""
+    """ORPO (Hong et al. 2403.07691): -lp-bar_w - beta s(log odds_w - log odds_l), odds = p / (1 - p), p = e^lp-bar."""
     chosen, rejected = scores.chosen, scores.rejected
     own, others = _norm(chosen, chosen.policy), _norm(rejected, rejected.policy)
     odds = (own - others) - (_log1mexp(own) - _log1mexp(others))
@@ -191,16 +191,14 @@ def simpo(scores: Scores, *, beta: Beta, gamma: float = 0.5) -> Tensor:
 
 
 def sft(scores: Scores, *, beta: Beta) -> Tensor:
-    """Cross-entropy of the chosen answer, the mean over all tokens of the batch (TRL: sft), for each row alike; beta has
-    no part."""
+    """Cross-entropy of the chosen answers, the mean over all tokens of the batch (TRL: sft), for each row alike; beta
+    has no part."""
     assert scores.nll is not None
     return scores.nll.expand(len(scores.chosen.policy))
 
 
 # ------------------------------------------------------------------------------------------------------------ unpaired
-def kto(
-    scores: Scores, *, beta: Beta, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
-) -> Tensor:
+def kto(scores: Scores, *, beta: Beta, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
     """KTO (Ethayarajh et al. 2402.01306): 1 - sigmoid(beta (D - z)) of good answers, 1 - sigmoid(beta (z - D)) of bad.
 
     z is the drift of the policy from the reference on answers to other prompts, not below 0 (`Scores.drift`). Of pairs
@@ -235,7 +233,7 @@ def anchor(scores: Scores, *, beta: Beta, delta: float = 0.0) -> Tensor:
 def chip(scores: Scores, *, beta: Beta, token_beta: float = 0.1) -> Tensor:
     """CHiP (Fu et al. 2501.16629, its code): one log sigmoid over responses, images and tokens.
 
-        -s(beta [h + D_w - D_w(m_neg) - token_beta (KL_l - stop(KL_w))]),   KL = sum over tokens of KL(ref || policy)
+    -s(beta [h + D_w - D_w(m_neg) - token_beta (KL_l - stop(KL_w))]),   KL = sum over tokens of KL(ref || policy)
     """
     chosen, rejected = scores.chosen, scores.rejected
     assert chosen.kl is not None

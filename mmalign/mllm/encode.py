@@ -73,7 +73,8 @@ class Encoder:
 
     def __init__(
         self, processor: Any, chat: Chat, media_ids: frozenset[int], *, max_length: int | None = None,
-        policy: Policy = "error", system: str | None = None, arguments: dict[str, Any] | None = None, min_block: int = 3, both_sides: bool = False,
+        policy: Policy = "error", system: str | None = None, arguments: dict[str, Any] | None = None,
+        min_block: int = 3, both_sides: bool = False,
     ):  # fmt: skip
         self.processor, self.chat, self.media_ids = processor, chat, media_ids
         self.max_length, self.policy = max_length, policy
@@ -159,7 +160,10 @@ class Encoder:
         if not media.videos:
             return {}
         facts = [
-            {"total_num_frames": len(clip), "fps": fps, "duration": len(clip) / fps, "frames_indices": list(range(len(clip)))}
+            {
+                "total_num_frames": len(clip), "fps": fps, "duration": len(clip) / fps,
+                "frames_indices": list(range(len(clip))),
+            }
             for clip, fps in zip(media.videos, media.fps, strict=True)
         ]  # fmt: skip
         return {"do_sample_frames": False, "video_metadata": [facts]}

@@ -48,7 +48,7 @@ def _card(config: Mapping[str, Any], data: str, base: str, lora: bool) -> str:
         "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText\n\n"
         f'model = AutoModelForImageTextToText.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(model, ".")'
         if lora
-        else 'from transformers import AutoModelForImageTextToText\n\n'
+        else "from transformers import AutoModelForImageTextToText\n\n"
         'model = AutoModelForImageTextToText.from_pretrained(".")'
     )
     terms = ", ".join(f"{term['kind']} x {term['weight']:g}" for term in config["loss"]["terms"])

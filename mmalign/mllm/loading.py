@@ -39,7 +39,7 @@ def load(
     Raises:
         ValueError: no such folder, or one whose parts do not fit; what bitsandbytes needs is not here.
     """
-    attention = {"attn_implementation": settings.attention}
+    attention: dict[str, Any] = {"attn_implementation": settings.attention}
     if from_scratch:
         model, processor = _new(folder, dtype, attention, seed)
         return model.to(device), processor
@@ -51,7 +51,7 @@ def load(
     return model if quantised else model.to(device), processor
 
 
-def _new(folder: str | Path, dtype: torch.dtype, attention: dict[str, str], seed: int) -> tuple[Any, Any]:
+def _new(folder: str | Path, dtype: torch.dtype, attention: dict[str, Any], seed: int) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     path = model_folder(folder, weights=False)

@@ -45,7 +45,7 @@ def crop(image: Tensor, low: float, high: float, generator: Generator) -> Tensor
 def diffused(image: Tensor, step: int, generator: Generator) -> Tensor:
     """x_t of DDPM's linear schedule (2006.11239), pixels in [-1, 1]: uint8 again, cut at the ends of the range.
 
-        x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,  a_t = prod_{s <= t} (1 - beta_s),  beta from 1e-4 to 0.02 over 1000
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,  a_t = prod_{s <= t} (1 - beta_s),  beta from 1e-4 to 0.02 over 1000
     """
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[step].item()
     noise = torch.randn(image.shape, generator=generator)

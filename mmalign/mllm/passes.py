@@ -1,4 +1,4 @@
-"""Answers through a model: images once, prompts once where answers share them, hidden states where tokens are predicted.
+"""Answers through a model: images once, prompts once where answers share them, states where tokens are predicted.
 
 A `Branching` is a prompt with one answer or several. Where the model's positions and masks allow it, its row is
 [prompt | answer | answer], each answer seeing the prompt and itself and beginning at the position behind the prompt;
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
@@ -207,7 +207,7 @@ class Passes:
 
 @dataclass
 class _Row:
-    """One row: ids, kinds [S], the branch of each token [S] (0 the prompt), positions [..., S], places that are read."""
+    """One row: ids, kinds [S], the branch of each token [S] (0 the prompt), positions [..., S], what is read."""
 
     prompt: Prompt
     ids: list[int]
@@ -250,7 +250,9 @@ def joined(inputs: Sequence[dict[str, Tensor]], device: torch.device) -> dict[st
         padded = []
         for part in parts:
             spare = [(0, size - own) for size, own in zip(rest, part.shape[1:], strict=True)]
-            padded.append(F.pad(part, [n for pair in reversed(spare) for n in pair]) if any(b for _, b in spare) else part)
+            padded.append(
+                F.pad(part, [n for pair in reversed(spare) for n in pair]) if any(b for _, b in spare) else part
+            )
         found[name] = torch.cat(padded).to(device)
     return found
 

@@ -89,7 +89,7 @@ def _probe(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def log_probs(head: Head, hidden: Tensor, ids: Tensor) -> Tensor:
-    """log p(token): hidden states [n, D] that predict tokens `ids` [n] -> [n], float32 or better, softmax over all of V."""
+    """log p(token): hidden states [n, D] that predict tokens `ids` [n] -> [n], at least float32, softmax over all V."""
 
     def read(hidden: Tensor, ids: Tensor) -> Tensor:
         logits = head(hidden)

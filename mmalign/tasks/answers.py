@@ -40,7 +40,8 @@ class Answers:
         self.config, self.encoder, self.processor = config, encoder, processor
         self.blind, self.segments = blind, segments
         self.cache = Cache(config.data.cache_dir) if config.data.cache == "disk" else None
-        self.rows, self.dropped, self.smaller = list(rows), [], 0
+        self.rows, self.smaller = list(rows), 0
+        self.dropped: list[Dropped] = []
         self._others = [image for row in rows for image in row.images]
         self._fit()
 
@@ -147,5 +148,3 @@ def _column(values: Sequence[float | None]) -> Tensor | None:
     """A tensor, or None where a row lacks the value."""
     known = [value for value in values if value is not None]
     return torch.tensor(known) if len(known) == len(values) else None
-
-

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,8 +72,8 @@ class MLLMTask:
         self.encoder = self._encoder(module)
         needs = self.objective.needs
         self.answers = Answers(
-            rows, config, self.encoder, loading.processor_identity(self.folder), blind=bool({"blind", "guided"} & needs),
-            segments="changed" in needs,
+            rows, config, self.encoder, loading.processor_identity(self.folder),
+            blind=bool({"blind", "guided"} & needs), segments="changed" in needs,
         )  # fmt: skip
         self.size = len(self.answers.rows)
         if not self.size:
@@ -217,7 +218,9 @@ class MLLMTask:
         """KTO's z_0: how far the policy is from the reference on the batch's answers to other rows' prompts, in nats
         per answer and not below 0; 0 where there is no other row."""
         size = len(encoded)
-        asks = [Branching(encoded[i].prompt, encoded[(i + 1) % size].answers[:1]) for i in range(size if size > 1 else 0)]
+        asks = [
+            Branching(encoded[i].prompt, encoded[(i + 1) % size].answers[:1]) for i in range(size if size > 1 else 0)
+        ]
         totals = torch.zeros(2, device=self.device)
         if asks:
             ids = _ids(asks).to(self.device)
@@ -258,7 +261,13 @@ class MLLMTask:
         folder = find(config.reference.model) if config.reference.model else self.folder
         scratch = config.model.from_scratch and not config.reference.model
         weights = f"from scratch, seed {config.seed}" if scratch else loading.identity(folder)
-        told = (weights, str(finish.frozen_dtype(config)), config.precision, config.mllm.attention, config.mllm.quantise)
+        told = (
+            weights,
+            str(finish.frozen_dtype(config)),
+            config.precision,
+            config.mllm.attention,
+            config.mllm.quantise,
+        )
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     @contextmanager
@@ -288,7 +297,9 @@ class MLLMTask:
     def _remembered(self, ask: Branching) -> Tensor:
         """Of one prompt's answers, each an entry of the cache; measured without any neighbours where one is missing."""
         assert self.cache is not None
-        keys = [self.cache.key(reference=self.reference_key, **_content(ask.prompt), answer=list(a)) for a in ask.answers]
+        keys = [
+            self.cache.key(reference=self.reference_key, **_content(ask.prompt), answer=list(a)) for a in ask.answers
+        ]
         entries = [self.cache.get("reference_log_probs", key) for key in keys]
         if any(entry is None for entry in entries):
             with self._referring() as model:
@@ -328,7 +339,6 @@ class MLLMTask:
             self.policy.module, self.processor, folder, config=self.config.model_dump(mode="json"),
             data=str(self.facts["data"]), base_model=str(self.config.model.path),
         )  # fmt: skip
-
 
 
 def _asks(encoded: Sequence[Encoded]) -> list[Branching]:
