@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, T5Tokenizer, UMT5Config
 
 from mmalign.shapes import motion
 from mmalign.shapes.captions import WORDS
+from mmalign.shapes.vlm import write_vlm
 
 TOKENS = 24  # longest prompt, with begin and end
 
@@ -217,3 +218,4 @@ if __name__ == "__main__":
     write_flow(Path(sys.argv[1]) / "flow")
     write_video(Path(sys.argv[1]) / "video")
     write_clip(Path(sys.argv[1]) / "clip")
+    write_vlm(Path(sys.argv[1]) / "vlm")

@@ -35,7 +35,7 @@ class Twins:
 def corrupt(scene: Scene, seed: Any, errors: int = 1, kinds: Collection[str] = ERRORS) -> Twins:
     """A description of the scene that is true, and one with exactly `errors` false claims, as `claims.judge` counts.
 
-    Both have the same sentences, and lengths that differ by at most six words. ``object``: a shape is called by a kind
+    Both have the same sentences, and lengths within eight words of each other. ``object``: a shape is called by a kind
     that is not in the scene, at every mention. ``extra``: one more shape, of such a kind, likely by habit. The other
     names: another word for what the category says. Drawn at random from `kinds`, among what the description speaks of.
 
