@@ -44,6 +44,7 @@ LAYERS: list[set[str]] = [
     | {"static_filter"}
     | {
         "score_decode",
+        "score_figures",
         "score_plan",
         "score_preview",
         "score_processes",
@@ -90,6 +91,7 @@ LAYERS: list[set[str]] = [
     | {"backbones", "protocols", "inversion", "judgements", "kohya", "shapes", "vbench"},
     {
         "noise",
+        "devices",
         "media",
         "decoding",
         "source",
