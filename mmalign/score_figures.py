@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmalign.compare_figures import FILE, UNDEFINED
 from mmalign.evaluation import FigureRow, figures_declared
 from mmalign.score_plan import Job, Plan
 from mmalign.source import whole_file
@@ -25,11 +26,7 @@ from mmalign.stats import expanded_ends
 
 __all__ = ["FILE", "add_figures", "estimate", "resamples"]
 
-FILE = "figures.parquet"
-"""Beside the summary: a row per figure with its value in every resample, for paired comparisons."""
 MOST, LEAST, WORK = 2000, 200, 4_000_000
-UNDEFINED = 0.05
-"""Share of resamples without the figure above which no interval is given."""
 
 
 def resamples(rows: int) -> int:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from mmalign import score_decode
+from mmalign.compare import compare
 from mmalign.discovery import evaluator_class
 from mmalign.evaluation import Batch, Evaluator, check_class
 from mmalign.jobs import EvaluatorSpec, ScoreConfig
 from mmalign.media import write_image
+from mmalign.report import build
 from mmalign.results import read_results
 from mmalign.score import run
 from mmalign.score_figures import FILE, resamples
@@ -220,3 +222,31 @@ def test_declarations_without_pixels_are_checked(declared, said):
 def test_a_batch_of_answers_has_a_length():
     batch = Batch(responses=["a", "b", "c"], aux=[{"x": 1}, {"x": 2}, {"x": 3}])
     assert len(batch) == 3 and batch.take([2, 0]).responses == ["c", "a"] and batch.take([2, 0]).aux[0] == {"x": 3}
+
+
+# ------------------------------------------------------------------------------------------------ two folders
+
+
+def test_figures_of_the_same_items_are_compared_in_pairs(tmp_path):
+    rng = np.random.default_rng(1)
+    labels = [str(each) for each in rng.choice(["yes", "no"], 200)]
+    base = [(label, str(rng.choice(["yes", "no"]))) for label in labels]
+    other = [(label, label if number % 10 == 0 else said) for number, (label, said) in enumerate(base)]
+    for name, pairs in (("a", base), ("b", other), ("c", other[:150])):
+        groups = [f"image {index // 4}" for index in range(len(pairs))]
+        run(config(answers(tmp_path / name, pairs, group=groups), tmp_path / name / "out"))
+    found = compare(tmp_path / "a" / "out", tmp_path / "b" / "out", names=("a", "b"))
+    precision = {each.figure: each for each in found.figures}["precision"]
+    assert precision.same_items and precision.difference.mean == precision.value_b - precision.value_a
+    alone = [summary(tmp_path / name / "out")["agreement"]["figures"]["precision"]["ci95"] for name in "ab"]
+    apart = np.hypot(*(high - low for low, high in alone))
+    assert 0 < precision.difference.high - precision.difference.low < 0.8 * apart, "pairs share their items' spread"
+    assert found.to_json()["figures"][0]["difference"]["mean"] is not None
+    assert "agreement: precision" in [row for row in found.table().columns[0]._cells][-1].plain
+
+    page = build([tmp_path / "a" / "out", tmp_path / "b" / "out"], tmp_path / "report.html", comparison=found)
+    assert page.read_text().count('data-figure="agreement: precision"') == 2
+
+    fewer = compare(tmp_path / "a" / "out", tmp_path / "c" / "out", names=("a", "c"))
+    assert np.isnan(fewer.figures[0].difference.low) and not fewer.figures[0].same_items
+    assert any("figures of agreement are of different items" in remark for remark in fewer.remarks())

@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "skeletons",
         "report",
         "compare",
+        "compare_figures",
         "doctor",
         "rounds",
         "testing",
