@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mmalign.compare_figures import FigureComparison, compare_figures
+from mmalign.compare_figures import remarks as figure_remarks
 from mmalign.figures import number, p_value, share_interval, signed_interval
 from mmalign.results import WHOLE_SET, Results, distinct_names, is_ok, read_results, score_label
 from mmalign.stats import Interval, WinRate, mean_ci, permutation_test, sign_test, win_rate
@@ -76,6 +78,7 @@ class Comparison:
     only_b: tuple[str, ...]
     scores: tuple[ScoreComparison, ...]
     notes: tuple[str, ...] = field(default=())
+    figures: tuple[FigureComparison, ...] = ()
 
     def score(self, label: str) -> ScoreComparison:
         """The row called `label` (`hps`, `shapes_truth/colour`); ValueError naming the rows there are."""
@@ -91,6 +94,8 @@ class Comparison:
             row["label"] = score.label
             row["difference"] = score.difference._asdict()
             row["wins"] = score.wins._asdict()
+        for row, figure in zip(data["figures"], self.figures, strict=True):
+            row["difference"] = figure.difference._asdict()
         return _without_nan(data)
 
     def save(self, path: str | Path) -> Path:
@@ -114,6 +119,7 @@ class Comparison:
         for name, labels in ((self.name_a, self.only_a), (self.name_b, self.only_b)):
             if labels:
                 said.append(f"Scored in {name} alone: {', '.join(labels)}.")
+        said += figure_remarks(self.figures)
         whole = [s.label for s in self.scores if s.whole_set]
         if whole:
             said.append(f"One figure for the whole set, hence without interval and test: {', '.join(whole)}.")
@@ -143,6 +149,10 @@ class Comparison:
             cells += [number(s.mean_a), number(s.mean_b), signed_interval(s.difference), share_interval(s.wins)]
             cells += [p_value(s.sign_p), p_value(s.permutation_p)]
             table.add_row(*(Text(cell) for cell in cells))
+        for f in self.figures:
+            table.add_row(
+                *map(Text, [f.label, "", number(f.value_a), number(f.value_b), signed_interval(f.difference)])
+            )
         return table
 
 
@@ -215,6 +225,7 @@ def compare(
         only_b=tuple(x for x in labels_b if x not in common),
         scores=tuple(scores),
         notes=tuple(notes),
+        figures=tuple(compare_figures(a, b, level)),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import Strict, Words
+from mmalign.devices import resolve_device, resolve_dtype
 from mmalign.media import AllFrames, EveryFps, FramePlan, Middle, QwenFps, Starts, StrideFps, Uniform
 from mmalign.weights import find_checkpoint, load_into, read_state_dict
 
@@ -28,6 +29,7 @@ __all__ = [
     "Batch",
     "Evaluator",
     "EveryFps",
+    "FigureRow",
     "FramePlan",
     "ItemErrors",
     "Middle",
@@ -40,6 +42,7 @@ __all__ = [
     "Uniform",
     "Words",
     "check_class",
+    "figures_declared",
     "find_checkpoint",
     "load_into",
     "read_state_dict",
@@ -49,14 +52,18 @@ __all__ = [
     "subscores",
 ]
 
-NEEDS = frozenset({"image", "frames", "prompt", "reference", "fps", "aux", "sample"})
+NEEDS = frozenset({"image", "frames", "prompt", "reference", "response", "fps", "aux", "sample"})
 """What an evaluator may need: the media as stills or as clips, and columns of the media table."""
 
-MODALITIES = frozenset({"image", "video"})
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PIXELS = frozenset({"image", "frames"})
+MODALITIES = frozenset({"image", "video", "text"})
 
 Scores = Tensor | dict[str, Tensor]
 """A float tensor [B], or named sub-scores of that shape."""
+
+FigureRow = Mapping[str, Any]
+"""What `Evaluator.figures` sees of an item: ``sample`` and ``group`` (text), ``scores`` (the sub-scores by name, counts
+among them) and ``aux`` (the table's further columns). ``group`` is the row's own, else its medium, else its sample."""
 
 Value = TypeVar("Value")
 
@@ -89,6 +96,7 @@ class Batch:
         fps: frames per second of the source; None for an image.
         aux: the table's further columns, one dictionary per item.
         samples: the names that the table gives them, for evaluators that look items up elsewhere.
+        responses: what a model answered to each; text, perhaps empty.
     """
 
     images: list[Tensor] = field(default_factory=list)
@@ -98,10 +106,12 @@ class Batch:
     fps: list[float | None] = field(default_factory=list)
     aux: list[dict[str, Any]] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
+    responses: list[str] = field(default_factory=list)
     _shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
-        return len(self.frames or self.images)
+        columns = (self.frames, self.images, self.responses, self.prompts, self.aux, self.samples)
+        return next((len(column) for column in columns if column), 0)
 
     def clips(self) -> list[Tensor]:
         """Every item as a clip uint8 [T, 3, H, W]; a still image has T = 1."""
@@ -119,7 +129,7 @@ class Batch:
 
     def take(self, indices: Sequence[int]) -> Batch:
         """A batch of the items at these places, in this order."""
-        names = ("images", "frames", "prompts", "references", "fps", "aux", "samples")
+        names = ("images", "frames", "prompts", "references", "fps", "aux", "samples", "responses")
         columns: dict[str, Any] = {name: getattr(self, name) for name in names}
         taken: dict[str, Any] = {
             name: [column[i] for i in indices] if column else [] for name, column in columns.items()
@@ -249,7 +259,9 @@ class Evaluator(_Declared, ABC):
 
     A subclass states:
         needs: any of `NEEDS`. ``image`` asks for stills, ``frames`` for clips; the others are columns of the table.
-        modality: ``{"image"}``, ``{"video"}`` or both. Other rows are marked as skipped, with the reason.
+            Without these two nothing is decoded, and the media need not be there.
+        modality: any of ``image``, ``video`` and, for evaluators without pixels, ``text``: a row without media. Other
+            rows are marked as skipped, with the reason.
         frames: which frames of a video are decoded.
         backbones: networks by name; override `backbone_specs` where they depend on the parameters.
         higher_is_better: direction of the score.
@@ -276,6 +288,23 @@ class Evaluator(_Declared, ABC):
             Exception: the batch is scored again item by item, and what fails alone becomes an error row with these
                 words. `ItemErrors` keeps the scores of the others.
         """
+
+    @classmethod
+    def figures(cls, params: Any, rows: Sequence[FigureRow]) -> dict[str, float | None]:
+        """Figures of a whole table that are no means over its items: F1, a ratio of sums, a share of groups.
+
+        Args:
+            params: the evaluator's.
+            rows: the items that have a score, at least one, in no particular order. In a bootstrap resample a cluster
+                that is drawn twice is there twice, the second time with another ``group``, so that what counts groups
+                counts it twice.
+
+        Returns:
+            By name, always the same names for the same parameters and table; None where a figure is not defined, as a
+            precision without a positive answer. The same rows have to give the same figures. An empty dictionary: the
+            evaluator has none.
+        """
+        return {}
 
     def score_tensor(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores with a gradient: images float [B, 3, H, W] in [0, 1], prompts [B] -> float32 [B].
@@ -316,15 +345,19 @@ def check_class(value: object, origin: str) -> type[Evaluator] | type[SetEvaluat
     silent = (
         issubclass(value, Evaluator) and not value.differentiable and value.score_tensor is not Evaluator.score_tensor
     )
-    media = {"image", "frames"} & set(value.needs)
+    media = PIXELS & set(value.needs)
+    gradient = issubclass(value, Evaluator) and value.differentiable
     problems = [
         text
         for wrong, text in (
             (missing, f"does not define {' and '.join(missing)}"),
             (set(value.needs) - NEEDS, f"needs {sorted(set(value.needs) - NEEDS)}; known are {sorted(NEEDS)}"),
-            (not media, "needs neither 'image' nor 'frames'"),
+            (not value.needs, "needs nothing of an item; name what it reads"),
+            (not media and "reference" in value.needs, "needs 'reference', so also 'image' or 'frames'"),
+            (not media and gradient, "is differentiable, so it needs 'image' or 'frames'"),
+            (media and "text" in value.modality, "needs pixels, which rows of modality 'text' have none of"),
             (media == {"image"} and "video" in value.modality, "takes videos, so it needs 'frames', not 'image'"),
-            (not value.modality or set(value.modality) - MODALITIES, "modality has to be of 'image', 'video' or both"),
+            (not value.modality or set(value.modality) - MODALITIES, "modality has to be of 'image', 'video', 'text'"),
             (silent, "has score_tensor, but does not say differentiable = True"),
             (not value.licence, "licence is empty"),
             (not value.source, "source is empty"),
@@ -336,6 +369,11 @@ def check_class(value: object, origin: str) -> type[Evaluator] | type[SetEvaluat
     if problems:
         raise TypeError(f"{origin}: {value.__name__} breaks the evaluator contract: {'; '.join(problems)}.")
     return value
+
+
+def figures_declared(cls: type[Evaluator] | type[SetEvaluator]) -> bool:
+    """Whether the evaluator has `Evaluator.figures` of its own."""
+    return issubclass(cls, Evaluator) and cls.figures.__func__ is not Evaluator.figures.__func__  # type: ignore[attr-defined]
 
 
 def subscores(scores: object, size: int, name: str) -> dict[str, Tensor]:
@@ -359,43 +397,3 @@ def subscores(scores: object, size: int, name: str) -> dict[str, Tensor]:
             )
         result[str(key)] = value.detach().to("cpu", torch.float64)
     return result
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU, else the CPU; anything else is taken as torch names it.
-
-    Raises:
-        ValueError: an unknown device, or one that is not here; with those that are.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = _devices()
-    choices = ", ".join(("auto", *here))
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        known = "auto, cpu, cuda or cuda:N"
-        raise ValueError(f"device: {device!r} is no device; use {known}. Here are {choices}.") from None
-    if str(resolved) not in here and str(resolved) != "cpu:0":
-        raise ValueError(f"device: {device} is not here, as far as PyTorch can tell; use one of {choices}.")
-    return resolved
-
-
-def _devices() -> list[str]:
-    """The CPU and what else this machine computes on: ``cuda``, ``cuda:0``, ..., or another of torch's accelerators."""
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    if kind is None:
-        return ["cpu"]
-    count = torch.accelerator.device_count()
-    return ["cpu", kind.type, *(f"{kind.type}:{number}" for number in range(count))]
-
-
-def resolve_dtype(dtype: str) -> torch.dtype:
-    """``float32`` or ``bfloat16`` as torch's type.
-
-    Raises:
-        ValueError: any other name.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype '{dtype}' is not known; use float32 or bfloat16.")
-    return DTYPES[dtype]

@@ -32,6 +32,19 @@ FAMILIES = {
     "animatediff": "AnimateDiff: Stable Diffusion 1.x with motion modules, eps prediction, an autoencoder of pictures",
 }
 
+ANSWERING = {
+    "llava": "LLaVA-1.5: CLIP and LLaMA or Vicuna; one image to a row, as many tokens for any size",
+    "llava_next": "LLaVA-NeXT (1.6): an image as tiles; several images",
+    "llava_onevision": "LLaVA-OneVision: SigLIP and Qwen2; tiles of one image, one tile each of several, clips",
+    "qwen2_vl": "Qwen2-VL: images and clips at their own sizes, positions in time, height and width",
+    "qwen2_5_vl": "Qwen2.5-VL: the same with windows in the vision tower",
+    "qwen3_vl": "Qwen3-VL: features of several layers of the vision tower",
+    "idefics3": "Idefics3: SigLIP and LLaMA; an image as tiles, several images",
+    "smolvlm": "SmolVLM and SmolVLM2: small Idefics3",
+    "internvl": "InternVL in transformers' layout (-HF): tiles, several images, clips",
+    "gemma3": "Gemma 3: SigLIP; images seen in both directions, layers with a sliding window",
+}
+"""Vision-language models that task: mllm is tested with; other image-text models of transformers are tried as they are."""
 
 Family = Literal[
     "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",

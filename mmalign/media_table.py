@@ -26,6 +26,9 @@ class MediaRow:
 
     `dimensions` names the evaluators that the row is for; None is all. One that stands for another's dimension by other
     means (`color@clip`) goes by what stands before the @.
+
+    A row of text alone, such as a question about nothing that is shown, has modality `text` and the empty text for
+    `media`. `response` is what a model answered; `images` are further pictures that it was shown, behind `media`.
     """
 
     sample: str
@@ -39,6 +42,8 @@ class MediaRow:
     fps: float | None = None
     num_frames: int | None = None
     dimensions: tuple[str, ...] | None = None
+    response: str | None = None
+    images: tuple[str, ...] = ()
     aux: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,19 +55,21 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "model": (str,),
     "fps": (int, float),
     "num_frames": (int,),
+    "response": (str,),
 }
 _ALIASES = {"file_name": "media", "text": "prompt"}  # what Hugging Face image folders call them in metadata.jsonl
 
 
-def read_media_table(path: str | Path, root: str | Path | None = None) -> list[MediaRow]:
+def read_media_table(path: str | Path, root: str | Path | None = None, questions: bool | None = None) -> list[MediaRow]:
     """The rows of a .jsonl, .json, .csv or .parquet media table, or of a folder.
 
     A folder has its table in it (`metadata.jsonl` and such, or the `table.jsonl` that sampling writes), or else a row
     for each picture and clip below it, see `mmalign.media_folder`.
 
-    Only `media` is needed. Relative paths start at `root` (default: the table's folder) and come back absolute; without
-    `sample` the path as written is the sample; without `modality` it goes by the file's suffix; columns that the table
-    format does not know land in `aux`. Files are not opened.
+    Only `media` is needed, and of `questions` not even that: rows without it are text alone. None takes a table with a
+    column `response` for questions. Relative paths start at `root` (default: the table's folder) and come back
+    absolute; without `sample` the path as written is the sample; without `modality` it goes by the file's suffix;
+    columns that the table format does not know land in `aux`. Files are not opened.
 
     Raises ValueError, naming the row, for an empty table, no `media` column (with the columns that are there and the
     nearest name), a value of the wrong type or range, or a sample named twice.
@@ -72,11 +79,13 @@ def read_media_table(path: str | Path, root: str | Path | None = None) -> list[M
     names = {
         _ALIASES.get(name, name) if _ALIASES.get(name) not in records.columns else name for name in records.columns
     }
-    if "media" not in names:
+    if questions is None:
+        questions = "response" in names
+    if "media" not in names and not questions:
         raise ValueError(missing_columns(table, ["media"], records.columns, "a media table"))
     rows, seen = [], dict[str, str]()
     for record in records:
-        row = _media_row(record)
+        row = _media_row(record, questions)
         if row.sample in seen:
             raise ValueError(f"{record.origin}: sample {row.sample!r} is also {seen[row.sample]}; samples must differ")
         seen[row.sample] = record.origin
@@ -84,7 +93,7 @@ def read_media_table(path: str | Path, root: str | Path | None = None) -> list[M
     return rows
 
 
-def _media_row(record: Record) -> MediaRow:
+def _media_row(record: Record, questions: bool = False) -> MediaRow:
     values = dict(record.values)
     for alias, name in _ALIASES.items():
         if name not in values and name not in record.cells and alias in values:
@@ -92,8 +101,11 @@ def _media_row(record: Record) -> MediaRow:
     found: dict[str, Any] = {}
     for name in ("media", "reference"):
         found[name] = _place(record, name, values.pop(name, None))
-    if found["media"] is None:
+    if found["media"] is None and not questions:
         raise ValueError(f"{record.origin}: media is missing; give a path, or remove the row")
+    found["images"] = _further(record, values.pop("images", None), found["media"])
+    bare = found["media"] is None
+    found["media"] = "" if bare else found["media"]
     for name, kinds in _KINDS.items():
         value = values.pop(name, None)
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
@@ -107,9 +119,10 @@ def _media_row(record: Record) -> MediaRow:
     found["fps"] = None if found["fps"] is None else float(found["fps"])
     if found["fps"] is not None and not 0 < found["fps"] < math.inf:
         raise ValueError(f"{record.origin}: fps is {found['fps']}; it is frames per second, above 0")
-    found["modality"] = found["modality"] or _modality(found["media"])
-    if found["modality"] not in ("image", "video"):
-        raise ValueError(f"{record.origin}: modality is {found['modality']!r}; it is image or video")
+    found["modality"] = found["modality"] or ("text" if bare else _modality(found["media"]))
+    if found["modality"] not in (("text",) if bare else ("image", "video")):
+        due = "text, since the row has no media" if bare else "image or video"
+        raise ValueError(f"{record.origin}: modality is {found['modality']!r}; it is {due}")
     found["dimensions"] = _dimensions(values.pop("dimensions", None), record.origin)
     sample = values.pop("sample", None)
     if sample is None:
@@ -139,6 +152,17 @@ def _place(record: Record, name: str, value: Any) -> str | MediaRef | None:
     except ValueError as error:
         raise ValueError(f"{record.origin}: {name}: {error}") from None
     return ref.file if ref.row is None else ref
+
+
+def _further(record: Record, value: Any, media: str | MediaRef | None) -> tuple[str, ...]:
+    """The column `images`: a list of paths."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(each, str) and each for each in value):
+        raise ValueError(f"{record.origin}: images is {value!r:.40}, not a list of paths")
+    if value and media is None:
+        raise ValueError(f"{record.origin}: images holds further pictures, and media none; put the first into media")
+    return tuple(record.path(each).file for each in value)
 
 
 def _modality(media: str | MediaRef) -> str:
@@ -184,8 +208,11 @@ def write_media_table(path: str | Path, rows: Sequence[MediaRow]) -> None:
 def _written(row: MediaRow, home: str) -> dict[str, Any]:
     values = {each.name: getattr(row, each.name) for each in fields(row)}
     for name in ("media", "reference"):
-        if values[name] is not None:
+        if values[name]:
             values[name] = portable(values[name], home)
+    if not row.media:
+        del values["media"]
+    values["images"] = [portable(image, home) for image in row.images] or None
     if values["dimensions"] is not None:
         values["dimensions"] = list(values["dimensions"])
     if not values["aux"]:
@@ -242,7 +269,7 @@ def _arrow(items: Sequence[dict[str, Any]]) -> pa.Table:
         if all(value is None for value in values):
             continue
         kind = _ARROW.get(name, pa.string())
-        if name == "dimensions":
+        if name in ("dimensions", "images"):
             kind = pa.list_(pa.string())
         elif name == "aux":
             values = [None if value is None else to_json(value, "aux") for value in values]

@@ -288,7 +288,20 @@ def _json(text: str, path: Path, number: int | None = None) -> Any:
 
 # What tables call names and texts; without this a CSV's sample "007" would be read as 7.
 _TEXT = (
-    *("sample", "prompt", "text", "media", "file_name", "filename", "path", "reference", "modality", "group", "model"),
+    *(
+        "sample",
+        "prompt",
+        "text",
+        "media",
+        "file_name",
+        "filename",
+        "path",
+        "reference",
+        "modality",
+        "group",
+        "model",
+        "response",
+    ),
     *("aux", "user_id"),
     *("chosen", "rejected", "completion", "question", "image", "images", "video", "videos", "source"),
 )

@@ -20,6 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mmalign.compare import Comparison, PairBy, ScoreComparison, cluster, compare, pair_rows
+from mmalign.compare_figures import figures_in
 from mmalign.figures import number, p_value, percent, printable, share_interval, signed_interval
 from mmalign.report_media import Thumbnails, script
 from mmalign.report_plots import SERIES, histogram, mark_sign
@@ -83,6 +84,7 @@ def build(
         "comparisons": [_comparison_section(c, ranked[0]) for c in comparisons],
         "vbench": vbench_section(models, vbench_against),
         "scores": _score_sections(models, directions),
+        "figures": _figure_lines(models),
         "pairs": [_pair_tabs(folders[0], r, c, ranked, thumbnails, per_gallery) for r, c in _zip(folders, comparisons)],
         "extremes": [_extreme_tab(models, label, directions[label], thumbnails, per_gallery) for label in ranked],
         "training": training_section(Path(run)) if run is not None else None,
@@ -202,6 +204,21 @@ def _score_sections(models: list[dict[str, Any]], directions: dict[str, bool]) -
             }
         )
     return sections
+
+
+def _figure_lines(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each model's figures of the whole table, such as F1, with intervals, and the items they are of."""
+    lines = []
+    for model in models:
+        for label, figures in figures_in(model["results"]).items():
+            entry = model["results"].summary["evaluators"][label]
+            shared = {"name": model["name"], "colour": model["colour"], "label": label, "n": entry["figures_of"]["n"]}
+            lines += [{**shared, "figure": name, **each, "total": _total(entry)} for name, each in figures.items()]
+    return lines
+
+
+def _total(entry: dict[str, Any]) -> int:
+    return int(entry["n_ok"] + entry["n_skipped"] + entry["n_error"])
 
 
 def _directions(folders: list[Results], comparisons: list[Comparison]) -> dict[str, bool]:

@@ -76,10 +76,11 @@ def check(config: BenchConfig, plugins: bool = True) -> list[Job]:
 
 def check_needs(config: BenchConfig, found: RewardSet, jobs: Sequence[Job]) -> None:
     """ValueError for an evaluator that reads what no row of the benchmark has, or scores another kind of media."""
-    there = {name for name in ("prompt", "reference", "aux") if any(getattr(item, name) for item in found.items)}
+    columns = ("prompt", "reference", "response", "aux")
+    there = {name for name in columns if any(getattr(item, name) for item in found.items)}
     kinds = {item.modality for item in found.items}
     for job in jobs:
-        if absent := sorted({"prompt", "reference", "aux"} & set(job.cls.needs) - there):
+        if absent := sorted(set(columns) & set(job.cls.needs) - there):
             raise ValueError(
                 f"{job.name} needs {' and '.join(absent)} of every medium, and {config.benchmark} has none: its rows "
                 f"are of {', '.join(sorted(there)) or 'media alone'}. Score a table of your own that has it with "

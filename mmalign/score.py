@@ -26,6 +26,7 @@ from mmalign.locks import alone_in, refuse_if_busy
 from mmalign.media import decoder_fingerprint
 from mmalign.progress import Progress
 from mmalign.results import WHOLE_SET
+from mmalign.score_figures import add_figures
 from mmalign.score_plan import Plan, Todo, make_jobs, make_plan, set_key, to_do
 from mmalign.score_processes import Advance, Ranks, score_in_processes
 from mmalign.score_ray import check_ray, score_with_ray
@@ -168,6 +169,7 @@ def _finish(plan: Plan, config: ScoreConfig, store: Store, started: float, compu
     table = store.settle(wanted)
     shared = {"table": str(config.source), "n_rows": len(plan.items), "dtype": config.dtype}
     figures = summarise(table, plan.jobs)
+    add_figures(figures, table, plan, store.folder)
     _write_json(store.folder / "summary.json", {**shared, "evaluators": figures, "decoder": decoder_fingerprint()})
     seconds = round(time.time() - started, 3)
     versions = _versions()

@@ -68,7 +68,10 @@ class Decoded:
     size: int = 0
 
     def problem_for(self, job: Job) -> str | None:
-        """Why this evaluator cannot score the item: a reference counts for those that compare with it alone."""
+        """Why this evaluator cannot score the item: a reference counts for those that compare with it alone, and the
+        media for those that look at pixels."""
+        if not job.sees:
+            return None
         return self.problem or (self.reference_problem if "reference" in job.cls.needs else None)
 
 
@@ -163,8 +166,11 @@ class Decoder:
             torch.cuda.set_device(self._device)  # else page-locked memory would open a context on the first one
         try:
             while (place := line.take()) is not None:
-                index, jobs = wanted[place]
-                item = plan.items[index]
+                index, asked = wanted[place]
+                item, jobs = plan.items[index], [job for job in asked if job.sees]
+                if not jobs:
+                    line.put(place, Decoded({}, {}, None, ""))
+                    continue
                 if item.problem is not None:
                     line.put(place, Decoded({}, {}, None, self._fingerprint, item.problem))
                     continue

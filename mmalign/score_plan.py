@@ -16,7 +16,7 @@ from typing import Any
 
 from mmalign.config import Strict
 from mmalign.discovery import evaluator_class, parse_params
-from mmalign.evaluation import Evaluator, SetEvaluator
+from mmalign.evaluation import PIXELS, Evaluator, SetEvaluator
 from mmalign.media import MediaError
 from mmalign.media_folder import how_to_prompt
 from mmalign.score_media import media_hashes
@@ -52,6 +52,11 @@ class Job:
     def params_hash(self) -> str:
         """sha256 of the parameters, 64 hex digits."""
         return hashlib.sha256(self.params_text.encode()).hexdigest()
+
+    @property
+    def sees(self) -> bool:
+        """Whether it looks at pixels; otherwise its items' media are neither hashed for its keys nor decoded."""
+        return bool(PIXELS & set(self.cls.needs))
 
     @property
     def is_set(self) -> bool:
@@ -98,7 +103,8 @@ class Plan:
         """Why this evaluator does not score this item, or None."""
         row = item.row
         if row.modality not in job.cls.modality:
-            return f"{job.name} scores {' and '.join(sorted(job.cls.modality))}s; this is a {row.modality}"
+            what = "a row without media" if row.modality == "text" else f"a {row.modality}"
+            return f"{job.name} scores {_kinds(job)}; this is {what}"
         absent = [need for need in sorted(_COLUMN_NEEDS & set(job.cls.needs)) if not _has(row, need)]
         if absent:
             return f"the row has no {', '.join(absent)}"
@@ -139,7 +145,12 @@ def to_do(plan: Plan, done: Collection[tuple[str, str]]) -> list[Todo]:
     return result
 
 
-_COLUMN_NEEDS = frozenset({"prompt", "reference", "aux"})
+_COLUMN_NEEDS = frozenset({"prompt", "reference", "response", "aux"})
+
+
+def _kinds(job: Job) -> str:
+    names = {"image": "images", "video": "videos", "text": "rows without media"}
+    return " and ".join(name for kind, name in names.items() if kind in job.cls.modality)
 
 
 def make_jobs(specs: Sequence[tuple[str, Mapping[str, Any]]], plugins: bool = True) -> tuple[Job, ...]:
@@ -203,8 +214,9 @@ def make_plan(jobs: tuple[Job, ...], rows: Sequence[MediaRow], table: str | Path
             raise ValueError(f"{table}: the sample '{row.sample}' occurs twice; results are told apart by this name.")
         names.add(row.sample)
     _check_needs(jobs, rows, table)
-    sources = (source for row in rows for source in (row.media, row.reference) if source is not None)
-    hashes = media_hashes(sources, table)
+    seen = rows if any(job.sees for job in jobs) else ()
+    sources = (source for row in seen for source in (row.media, row.reference) if source)
+    hashes = media_hashes(sources, table) if seen else {}
     items = tuple(_item(row, hashes) for row in rows)
     keys = tuple(tuple(_key(job, item, dtype) for item in items) for job in jobs)
     return Plan(jobs, items, keys, _batches(rows, batch_size))
@@ -242,26 +254,25 @@ def _check_needs(jobs: Sequence[Job], rows: Sequence[MediaRow], table: str | Pat
             )
         if not any(row.modality in job.cls.modality for row in rows):
             found = ", ".join(sorted({row.modality for row in rows}))
-            raise ValueError(
-                f"{job.name} scores {' and '.join(sorted(job.cls.modality))}s; every row of {table} is of "
-                f"modality {found}."
-            )
+            raise ValueError(f"{job.name} scores {_kinds(job)}; every row of {table} is of modality {found}.")
 
 
 def _has(row: MediaRow, column: str) -> bool:
     value = getattr(row, column)
-    return bool(value.strip()) if isinstance(value, str) else value not in (None, {})
+    if column == "response":  # of which the empty one is an answer too
+        return value is not None
+    return bool(value.strip()) if isinstance(value, str) else value not in (None, {}, ())
 
 
 def _item(row: MediaRow, hashes: Mapping[Any, str | MediaError]) -> Item:
     media, problem = _found(hashes, row.media)
-    reference, reference_problem = (None, None) if row.reference is None else _found(hashes, row.reference)
+    reference, reference_problem = _found(hashes, row.reference)
     return Item(row, media, reference, problem, reference_problem)
 
 
-def _found(hashes: Mapping[Any, str | MediaError], source: Source) -> tuple[str | None, str | None]:
-    """The hash of the content, or why there is none."""
-    found = hashes[source]
+def _found(hashes: Mapping[Any, str | MediaError], source: Source | None) -> tuple[str | None, str | None]:
+    """The hash of the content, or why there is none; neither of what nobody looks at."""
+    found = hashes.get(source)
     return (None, str(found)) if isinstance(found, MediaError) else (found, None)
 
 
@@ -274,12 +285,13 @@ def _key(job: Job, item: Item, dtype: str) -> str:
         job.weight_hash,
         dtype,
         repr(job.cls.frames) if row.modality == "video" else "",
-        item.media_hash or f"unreadable {row.sample}",
+        (item.media_hash or f"unreadable {row.sample}") if job.sees else "",
         row.prompt if "prompt" in needs else "",
         _reference(item) if "reference" in needs else "",
         row.fps if "fps" in needs else "",
         row.aux if "aux" in needs else "",
         *([row.sample] if "sample" in needs else []),
+        *([{"response": row.response}] if "response" in needs else []),
     )
 
 
@@ -296,7 +308,7 @@ def _batches(rows: Sequence[MediaRow], batch_size: int) -> tuple[tuple[int, ...]
     batches: list[list[int]] = []
     for index in order:
         modality = rows[index].modality
-        size = batch_size if modality == "image" else max(1, batch_size // VIDEO_SHARE)
+        size = batch_size if modality != "video" else max(1, batch_size // VIDEO_SHARE)
         if not batches or len(batches[-1]) >= size or rows[batches[-1][0]].modality != modality:
             batches.append([])
         batches[-1].append(index)

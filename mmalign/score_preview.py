@@ -116,7 +116,7 @@ def preview(plan: Plan, config: ScoreConfig) -> Preview:
         items=len(plan.items),
         n_unreadable=len(bad),
         unreadable={item.row.sample: str(item.problem) for item in bad[:SHOWN]},
-        decoded=sum(plan.items[index].problem is None for index, _ in wanted),
+        decoded=sum(plan.items[i].problem is None and any(job.sees for job in jobs) for i, jobs in wanted),
         decoded_for_sets=len(plan.items) - len(bad) if sets else 0,
         results=sum(len(jobs) for _, jobs in wanted),
         batches=len(todo),
@@ -169,14 +169,14 @@ def _why(job: Job, item: Item | None, key: str, dtype: str, former: Sequence[Map
         return "new"
     if any(row["key"] == key for row in former):
         return "failed before"
-    rest = "other items in the set" if item is None else "another reference, frame rate or further column"
+    rest = "other items in the set" if item is None else "another reference, response, frame rate or further column"
     fewest = min((_changes(job, item, dtype, row) for row in former), key=len)
     return ", ".join(fewest) or rest
 
 
 def _changes(job: Job, item: Item | None, dtype: str, row: Mapping[str, Any]) -> list[str]:
     changed = {
-        "the media changed": item is not None and row["media_hash"] != item.media_hash,
+        "the media changed": item is not None and job.sees and row["media_hash"] != item.media_hash,
         "the prompt changed": item is not None and "prompt" in job.cls.needs and row["prompt"] != item.row.prompt,
         "other parameters": row["params_hash"] != job.params_hash,
         "the weights changed": row["weight_hash"] != job.weight_hash,

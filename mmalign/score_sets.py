@@ -74,7 +74,7 @@ class _Sets:
                 continue
             evaluator: SetEvaluator = self.worker.evaluator(job)
             try:
-                evaluator.update(make_batch(self.plan, good, dict(decoded), job.cls.frames))
+                evaluator.update(make_batch(self.plan, good, dict(decoded), job.cls.frames if job.sees else None))
             except Exception as error:  # becomes the row's reason, as for evaluators of single items
                 self.failures[job.label] = f"{type(error).__name__}: {error}"
                 torch.cuda.empty_cache()

@@ -61,7 +61,7 @@ def costs(plan: Plan, todo: Sequence[Todo]) -> list[float]:
 def _size(item: Item) -> float | None:
     """Pixels of all frames; None where that cannot be told. What cannot be read costs nothing."""
     media = item.row.media
-    if item.problem is not None:
+    if item.problem is not None or not media:
         return _LEAST
     if not isinstance(media, str):
         return None

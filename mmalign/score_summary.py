@@ -43,7 +43,7 @@ def summarise(table: pa.Table, jobs: Sequence[Job], seed: int = 0) -> dict[str, 
 
 
 def account(summary: Mapping[str, Any], means: bool = True) -> list[str]:
-    """Lines for a person: of each evaluator how many items have a score, and why the others have none.
+    """Lines for a person: of each evaluator how many items have a score, why the others have none, and its figures.
 
     Args:
         summary: what ``summary.json`` holds.
@@ -63,7 +63,16 @@ def account(summary: Mapping[str, Any], means: bool = True) -> list[str]:
             reasons.append(f"  {entry['other_reasons']} for other reasons; parts/ has a row for each")
         lines += ["  for the same reasons"] if reasons and reasons == before else reasons
         before = reasons
+        if "figures_problem" in entry:
+            lines.append(f"  no figures, since computing them failed: {shown(entry['figures_problem'])}")
+        lines += [f"  {name} {_interval(each)}" for name, each in entry.get("figures", {}).items()]
     return lines
+
+
+def _interval(figure: Mapping[str, Any]) -> str:
+    """`0.8531 [0.8410, 0.8655]`, or the value alone where it has no interval."""
+    ends = figure["ci95"]
+    return number(figure["value"]) + (f" [{number(ends[0])}, {number(ends[1])}]" if ends else "")
 
 
 def _reason(count: int, reason: str, example: str | None) -> str:

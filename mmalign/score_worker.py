@@ -101,6 +101,9 @@ class Worker:
             ]
             if not good:
                 continue
+            if not job.sees:
+                rows += self._rows(job, good, make_batch(self.plan, good, decoded, None), decoded)
+                continue
             # A still is the same clip under every plan: evaluators with different plans share what they compute of it.
             still = self.plan.items[good[0]].row.modality == "image" and "reference" not in job.cls.needs
             place = (None if still else job.cls.frames, good)
@@ -119,7 +122,8 @@ class Worker:
         for place, (index, outcome) in enumerate(zip(indices, outcomes, strict=True)):
             named: dict[str, float | None] = {"score": None} if isinstance(outcome, str) else dict(outcome)
             for name, value in named.items():
-                row = row_of(self.plan, job, index, self.dtype, decoded[index].decoder, subscore=name, score=value)
+                decoder = decoded[index].decoder if job.sees else ""
+                row = row_of(self.plan, job, index, self.dtype, decoder, subscore=name, score=value)
                 row["seconds"], row["prompt_truncated"] = seconds, cut[place]
                 if isinstance(outcome, str):
                     row["reason"] = outcome
@@ -155,17 +159,18 @@ class Worker:
         return outcomes
 
 
-def make_batch(plan: Plan, indices: Sequence[int], decoded: dict[int, Decoded], frames: FramePlan) -> Batch:
-    """The batch that an evaluator with this frame plan sees."""
+def make_batch(plan: Plan, indices: Sequence[int], decoded: dict[int, Decoded], frames: FramePlan | None) -> Batch:
+    """The batch that an evaluator with this frame plan sees; without a plan the table's columns alone."""
     items = [plan.items[index].row for index in indices]
-    clips = [decoded[index].clips[frames] for index in indices]
-    references = [decoded[index].reference[frames] for index in indices if frames in decoded[index].reference]
+    clips = [] if frames is None else [decoded[index].clips[frames] for index in indices]
+    references = [decoded[i].reference[frames] for i in indices if frames and frames in decoded[i].reference]
     still = items[0].modality == "image"
     return Batch(
         images=[clip[0] for clip in clips] if still else [],
         frames=clips,
         prompts=[row.prompt or "" for row in items],
         references=references if len(references) == len(clips) else [],
+        responses=[row.response or "" for row in items],
         fps=[row.fps if row.fps is not None else decoded[index].fps for index, row in zip(indices, items, strict=True)],
         aux=[dict(row.aux) for row in items],
         samples=[row.sample for row in items],

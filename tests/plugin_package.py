@@ -156,9 +156,45 @@ class Nameless(Evaluator):
 
     def score(self, batch):
         return torch.zeros(len(batch))
+
+
+class Agreement(Evaluator):
+    """Whether an answer, yes or no, is the table's label; looks at no pixels and has figures of the whole table."""
+
+    needs = {"response", "aux"}
+    modality = {"image", "video", "text"}
+    licence, source = "Apache-2.0", "a test"
+    counts = {"yes", "due"}
+
+    def score(self, batch):
+        for response in batch.responses:
+            if response not in ("yes", "no", ""):
+                raise ValueError(f"no answer in {response!r}")
+        said = torch.tensor([response == "yes" for response in batch.responses])
+        due = torch.tensor([one["label"] == "yes" for one in batch.aux])
+        return {"right": (said == due).double(), "yes": said.double(), "due": due.double()}
+
+    @classmethod
+    def figures(cls, params, rows):
+        yes = [row for row in rows if row["scores"]["yes"]]
+        assert all(row["aux"]["label"] in ("yes", "no") for row in rows)
+        found = sum(row["scores"]["due"] for row in yes)
+        return {"yes_ratio": len(yes) / len(rows), "precision": found / len(yes) if yes else None}
 '''.replace("\\\\n", "\\n")
 
-NAMES = ("Brightness", "Slow", "Words", "Hungry", "Fatal", "Moody", "Spread", "Neighbourly", "Unbounded", "Nameless")
+NAMES = (
+    "Brightness",
+    "Slow",
+    "Words",
+    "Hungry",
+    "Fatal",
+    "Moody",
+    "Spread",
+    "Neighbourly",
+    "Unbounded",
+    "Nameless",
+    "Agreement",
+)
 
 
 def install(

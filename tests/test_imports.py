@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "skeletons",
         "report",
         "compare",
+        "compare_figures",
         "doctor",
         "rounds",
         "testing",
@@ -44,6 +45,7 @@ LAYERS: list[set[str]] = [
     | {"static_filter"}
     | {
         "score_decode",
+        "score_figures",
         "score_plan",
         "score_preview",
         "score_processes",
@@ -90,6 +92,7 @@ LAYERS: list[set[str]] = [
     | {"backbones", "protocols", "inversion", "judgements", "kohya", "mllm", "shapes", "vbench"},
     {
         "noise",
+        "devices",
         "media",
         "decoding",
         "source",
@@ -105,6 +108,7 @@ LAYERS: list[set[str]] = [
         "yaml12",
         "jobs",
         "methods",
+        "methods_mllm",
         "methods_reward",
         "objective",
         "order",
@@ -112,6 +116,7 @@ LAYERS: list[set[str]] = [
         "jobs_bench",
         "jobs_guidance",
         "jobs_inputs",
+        "jobs_mllm",
         "jobs_prefer",
         "jobs_prompts",
         "jobs_reward",
@@ -145,6 +150,8 @@ LIGHT = {
     "jobs": {"pydantic"},
     "jobs_bench": {"pydantic"},
     "jobs_guidance": {"pydantic"},
+    "jobs_mllm": {"pydantic"},
+    "methods_mllm": {"pydantic"},
     "jobs_inputs": {"pydantic"},
     "jobs_prefer": {"pydantic"},
     "jobs_prompts": {"pydantic"},

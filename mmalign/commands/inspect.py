@@ -99,13 +99,17 @@ def listing(kind: Kind, *, plugins: bool = True, declared: bool = False) -> list
         case Kind.guidance:
             return _guidance()
         case Kind.models:
-            from mmalign.jobs_inputs import FAMILIES
+            from mmalign.jobs_inputs import ANSWERING, FAMILIES
 
-            return _named(FAMILIES)
+            return _named({**FAMILIES, **{f"mllm/{name}": told for name, told in ANSWERING.items()}})
         case Kind.formats:
             from mmalign.formats import FORMATS
+            from mmalign.mllm.formats import FORMATS as ANSWERS
 
-            return _named(FORMATS)
+            return [
+                *({**row, "rows": "preferences"} for row in _named(FORMATS)),
+                *({**row, "rows": "answers", "name": f"mllm/{row['name']}"} for row in _named(ANSWERS)),
+            ]
         case Kind.benchmarks:
             from mmalign.protocols.benchmarks import described
 
@@ -159,6 +163,7 @@ def _declarations(name: str, plugins: bool) -> dict[str, Any]:
 
 def _methods() -> list[dict[str, Any]]:
     """Every objective, and what changes the data or the noise of any of them."""
+    from mmalign import methods_mllm
     from mmalign.methods import LOSSES, OPTIONS, Preference
 
     rows: list[dict[str, Any]] = []
@@ -175,6 +180,8 @@ def _methods() -> list[dict[str, Any]]:
     for name, (family, setting, summary) in OPTIONS.items():
         option = {"name": name, "summary": f"{summary} [{setting}]", "task": "preference", "family": family}
         rows.append({**option, "parameterisations": ["eps", "v", "flow"], "setting": setting})
+    for each in methods_mllm.described():
+        rows.append({"task": "mllm", "family": "answers", "parameterisations": ["none"], **each})
     return rows
 
 

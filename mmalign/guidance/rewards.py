@@ -160,7 +160,7 @@ def fitting(specs: Sequence[EvaluatorSpec], key: str) -> list[Job]:
         cls = evaluator_class(spec.name)
         if issubclass(cls, SetEvaluator):
             raise ValueError(f"{key}: {spec.name} scores whole sets; name an evaluator that scores single items")
-        absent = sorted({"reference", "aux", "sample"} & set(cls.needs))
+        absent = sorted({"reference", "response", "aux", "sample"} & set(cls.needs))
         if absent:
             raise ValueError(
                 f"{key}: {spec.name} needs {' and '.join(absent)}, which nothing that is being drawn has. Score what "

@@ -101,7 +101,9 @@ def _drawn(seed: int, index: int, items: str) -> AnswerRow:
     told = shapes.preference_row(seed, index) if items == "pairs" else shapes.training_row(seed, index)
     asked = told["prompt"][0]["content"][-1]["text"]
     texts = {side: told[side][0]["content"][0]["text"] if side in told else None for side in ("chosen", "rejected")}
-    spans: dict[str, Any] = {name: tuple(map(tuple, told[name])) for name in ("chosen_spans", "rejected_spans") if name in told}
+    spans: dict[str, Any] = {
+        name: tuple(map(tuple, told[name])) for name in ("chosen_spans", "rejected_spans") if name in told
+    }
     image: Any = Drawn(seed, index)
     turn = Turn("user", (Part("image"), Part("text", asked)))
     return AnswerRow(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmalign.discovery import evaluator_class, find_evaluators, load_evaluator, parse_params
-from mmalign.evaluation import Batch, Evaluator, check_class, subscores
+from mmalign.evaluation import PIXELS, Batch, Evaluator, check_class, figures_declared, subscores
 from mmalign.media import write_image
 
 __all__ = ["check_evaluator"]
@@ -26,6 +26,7 @@ PROMPTS = (
     "a red circle on a blue background",
     "x",
 )
+RESPONSES = ("Yes", "No, there is none.", "", "a red circle.\nTwo squares", "是", "I cannot tell. Yes")
 SIZES = ((64, 64), (33, 70), (150, 224), (2, 2), (5, 301), (64, 64))
 
 
@@ -35,7 +36,8 @@ def check_evaluator(
     *,
     prompts: Sequence[str] = PROMPTS,
     sizes: Sequence[tuple[int, int]] = SIZES,
-    aux: Mapping[str, Any] | None = None,
+    aux: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    responses: Sequence[str] | None = None,
     tolerance: float = 1e-5,
     processes: int = 2,
     seed: int = 0,
@@ -46,13 +48,15 @@ def check_evaluator(
     Checked: it is found by name and its summary can be read; shape, dtype and range; repeatability; an item's score
     depends neither on the rest of its batch nor on its place in it; odd sizes; constant media; one-frame clips, which
     are scored or refused by a ValueError for each; the gradient where it is declared, of clips where it scores these
-    alone; and the results of one process equal those of several, through the real runner.
+    alone; and the results of one process, figures of the whole table among them, equal those of several, through the
+    real runner. An evaluator that looks at no pixels gets the columns alone, as it does there.
 
     Args:
         name: as configs name it: a file of ``evaluators/`` or an entry point that is installed.
         params: its parameters.
-        prompts, sizes, aux: prompts, (height, width) and further columns for the items. The numbers of prompts and
-            sizes have to be equal, at least 2. Give your own where the evaluator reads only certain prompts or sizes.
+        prompts, sizes, aux, responses: prompts, (height, width), further columns (of all, or of each item) and answers
+            of a model for the items. Their numbers have to be equal, at least 2. Give your own where the evaluator
+            reads only certain prompts or sizes.
         tolerance: largest difference between scores that have to be equal, as a share of max(1, |score|).
         processes: how many are spawned for the last check; 1 leaves it out.
         seed: of the random media.
@@ -62,6 +66,7 @@ def check_evaluator(
         ValueError, TypeError: as `mmalign.discovery.load_evaluator` raises them.
     """
     assert len(prompts) == len(sizes) >= 2, "give as many prompts as sizes, at least 2"
+    columns = _columns(prompts, aux, responses)
     found = find_evaluators().get(name)
     if found is not None:
         assert found.error is None, f"{name} is listed as broken: {found.error}"
@@ -72,7 +77,7 @@ def check_evaluator(
     assert isinstance(evaluator, Evaluator)
     bounds = cls.bounds(parse_params(cls, name, params or {}))
     for modality in sorted(cls.modality):
-        batches = _batches(modality, prompts, sizes, aux, seed)
+        batches = _batches(modality, columns, sizes, seed) if PIXELS & set(cls.needs) else {"random": columns}
         for kind, batch in batches.items():
             if kind == "one-frame" and _refused(evaluator, batch, f"{name} on {kind} {modality}s"):
                 continue
@@ -81,18 +86,31 @@ def check_evaluator(
     if cls.differentiable:
         _check_gradient(evaluator, prompts, tolerance, seed)
     if processes > 1 and "image" in cls.modality:
-        _check_processes(name, params or {}, prompts, sizes, aux, tolerance, processes, seed)
+        _check_processes(name, params or {}, columns, sizes, tolerance, processes, seed, figures_declared(cls))
 
 
-def _batches(
-    modality: str, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], aux: Mapping[str, Any] | None, seed: int
-) -> dict[str, Batch]:
+def _columns(
+    prompts: Sequence[str], aux: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, responses: Sequence[str] | None
+) -> Batch:
+    """The items without their media."""
+    each = [aux or {}] * len(prompts) if isinstance(aux, Mapping) or aux is None else aux
+    answers = (RESPONSES * len(prompts))[: len(prompts)] if responses is None else responses
+    assert len(each) == len(answers) == len(prompts), "give as many aux and responses as prompts"
+    return Batch(
+        prompts=list(prompts),
+        aux=[dict(one) for one in each],
+        samples=[str(number) for number in range(len(prompts))],
+        responses=list(answers),
+    )
+
+
+def _batches(modality: str, columns: Batch, sizes: Sequence[tuple[int, int]], seed: int) -> dict[str, Batch]:
     clips = _media(sizes, 1 if modality == "image" else 3, seed)
-    batches = {"random": _batch(modality, clips, prompts, aux)}
+    batches = {"random": _batch(modality, clips, columns)}
     for value in (0, 128, 255):
-        batches[f"constant ({value})"] = _batch(modality, [torch.full_like(c, value) for c in clips], prompts, aux)
+        batches[f"constant ({value})"] = _batch(modality, [torch.full_like(c, value) for c in clips], columns)
     if modality == "video":
-        batches["one-frame"] = _batch(modality, [clip[:1] for clip in clips], prompts, aux)
+        batches["one-frame"] = _batch(modality, [clip[:1] for clip in clips], columns)
     return batches
 
 
@@ -101,15 +119,16 @@ def _media(sizes: Sequence[tuple[int, int]], frames: int, seed: int) -> list[Ten
     return [torch.randint(0, 256, (frames, 3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
-def _batch(modality: str, clips: list[Tensor], prompts: Sequence[str], aux: Mapping[str, Any] | None) -> Batch:
+def _batch(modality: str, clips: list[Tensor], columns: Batch) -> Batch:
     return Batch(
         images=[clip[0] for clip in clips] if modality == "image" else [],
         frames=clips,
-        prompts=list(prompts),
+        prompts=columns.prompts,
         references=[clip.flip(0, -1) for clip in clips],
         fps=[None if modality == "image" else 8.0] * len(clips),
-        aux=[dict(aux or {}) for _ in clips],
-        samples=[str(number) for number in range(len(clips))],
+        aux=columns.aux,
+        samples=columns.samples,
+        responses=columns.responses,
     )
 
 
@@ -180,20 +199,20 @@ def _check_gradient(evaluator: Evaluator, prompts: Sequence[str], tolerance: flo
 def _check_processes(
     name: str,
     params: Mapping[str, Any],
-    prompts: Sequence[str],
+    columns: Batch,
     sizes: Sequence[tuple[int, int]],
-    aux: Mapping[str, Any] | None,
     tolerance: float,
     processes: int,
     seed: int,
+    figures: bool,
 ) -> None:
     from mmalign.jobs import EvaluatorSpec, ScoreConfig
-    from mmalign.results import read_results
+    from mmalign.results import read_json, read_results
     from mmalign.score import run
 
     with tempfile.TemporaryDirectory() as folder:
-        table = _table(Path(folder), prompts, sizes, aux, seed)
-        results = []
+        table = _table(Path(folder), columns, sizes, seed)
+        results, wholes = [], []
         for number in (1, processes):
             config = ScoreConfig(
                 table=table,
@@ -204,6 +223,7 @@ def _check_processes(
                 device="cpu",
             )
             rows = read_results(run(config)).rows
+            wholes += list(read_json(config.output / "summary.json")["evaluators"].values())
             results.append({(row["sample"], row["subscore"]): row for row in rows})
     one, several = results
     assert one.keys() == several.keys(), f"{name}: one process and {processes} gave different rows"
@@ -211,18 +231,21 @@ def _check_processes(
         assert row["status"] == several[key]["status"] == "ok", f"{name}: {key} failed: {row['reason']}"
         pair = torch.tensor([row["score"]]), torch.tensor([several[key]["score"]])
         _close(*pair, tolerance, f"{name}: {key} differs between one process and {processes}")
+    if figures:
+        assert "figures_problem" not in wholes[0], f"{name}.figures failed: {wholes[0]['figures_problem']}"
+        assert wholes[0]["figures"], f"{name}.figures gave none"
+        assert wholes[0]["figures"] == wholes[1]["figures"], f"{name}: figures of one process and {processes} differ"
 
 
-def _table(
-    folder: Path, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], aux: Mapping[str, Any] | None, seed: int
-) -> Path:
+def _table(folder: Path, columns: Batch, sizes: Sequence[tuple[int, int]], seed: int) -> Path:
     lines = []
-    for index, (prompt, clip) in enumerate(zip(prompts, _media(sizes, 1, seed), strict=True)):
+    for index, (prompt, clip) in enumerate(zip(columns.prompts, _media(sizes, 1, seed), strict=True)):
         pixels: Any = np.ascontiguousarray(clip[0].permute(1, 2, 0).numpy())
         write_image(folder / f"{index}.png", pixels)
         write_image(folder / f"{index}-reference.png", np.ascontiguousarray(pixels[:, ::-1]))
         row = {"sample": str(index), "prompt": prompt, "media": f"{index}.png", "reference": f"{index}-reference.png"}
-        lines.append(json.dumps(row | ({"aux": dict(aux)} if aux else {})))
+        aux = columns.aux[index]
+        lines.append(json.dumps(row | {"response": columns.responses[index]} | ({"aux": aux} if aux else {})))
     (folder / "table.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "table.jsonl"
 

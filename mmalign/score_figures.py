@@ -1,0 +1,175 @@
+"""Figures that are no means over items, such as F1: an evaluator's own function of its scores, with intervals.
+
+The function (`Evaluator.figures`) is run on all items that have a score, and on resamples of whole clusters (a row's
+``group``, else its medium), so that an interval needs no formula of its own. Items stand in a fixed order, and clusters
+are drawn in the order of their names: neither batches nor processes matter, and two folders with the same items are
+drawn together, so that the difference of their figures has its own spread (`mmalign.compare_figures`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmalign.compare_figures import FILE, UNDEFINED
+from mmalign.evaluation import FigureRow, figures_declared
+from mmalign.score_plan import Job, Plan
+from mmalign.source import whole_file
+from mmalign.stats import expanded_ends
+
+__all__ = ["FILE", "add_figures", "estimate", "resamples"]
+
+MOST, LEAST, WORK = 2000, 200, 4_000_000
+
+
+def resamples(rows: int) -> int:
+    """How many resamples are drawn of so many items: 2000, and fewer above 2000 items, 200 at the least."""
+    return max(LEAST, min(MOST, WORK // max(1, rows)))
+
+
+def add_figures(summary: dict[str, Any], table: pa.Table, plan: Plan, folder: Path, seed: int = 0) -> None:
+    """Put ``figures`` into the summary's entries of evaluators that declare them, and their resamples beside it.
+
+    An entry gets ``figures``: name -> ``value`` and ``ci95`` (None where it has none), and ``figures_of``: how many
+    items and clusters they are of, and how often these were drawn again. With several models in the table
+    ``figures_by_model`` has the same for each. Where the evaluator's function fails ``figures_problem`` says how.
+
+    Args:
+        summary: of `mmalign.score_summary.summarise`, by label; changed.
+        table: settled rows.
+        folder: of the results.
+    """
+    saved: list[dict[str, Any]] = []
+    for job in plan.jobs:
+        if not figures_declared(job.cls):
+            continue
+        rows = _rows(table, job, plan)
+        entry = summary[job.label]
+        every = [row for of_model in rows.values() for row in of_model]
+        try:
+            found = estimate(job, every, seed)
+            apart = rows if len(rows) > 1 else {}
+            models = {name: estimate(job, some, seed).told["figures"] for name, some in apart.items()}
+        except Exception as error:  # of the evaluator's own code: its scores are written all the same
+            entry |= {"figures": {}, "figures_problem": f"{type(error).__name__}: {error}"}
+            continue
+        entry |= found.told | ({"figures_by_model": models} if models else {})
+        saved += [{"evaluator": job.label, **each} for each in found.saved]
+    place = folder / FILE
+    if not saved:
+        place.unlink(missing_ok=True)
+        return
+    with whole_file(place) as temporary:
+        pq.write_table(pa.Table.from_pylist(saved), temporary)
+
+
+def _rows(table: pa.Table, job: Job, plan: Plan) -> dict[str, list[FigureRow]]:
+    """What the evaluator's function sees of each item with a score, by model."""
+    items = {item.row.sample: item.row for item in plan.items}
+    scores: dict[str, dict[str, float]] = {}
+    failed: set[str] = set()
+    columns = table.select(["sample", "evaluator", "subscore", "score", "status"]).to_pylist()
+    for row in columns:
+        if row["evaluator"] == job.label and row["status"] == "ok":
+            scores.setdefault(row["sample"], {})[row["subscore"]] = row["score"]
+        elif row["evaluator"] == job.label:
+            failed.add(row["sample"])
+    found: dict[str, list[FigureRow]] = {}
+    for sample in sorted(scores.keys() - failed):
+        item = items[sample]
+        group = item.group or str(getattr(item.media, "name", item.media)) or sample
+        row = {"sample": sample, "group": group, "scores": scores[sample], "aux": item.aux}
+        found.setdefault(str(item.model), []).append(row)
+    return found
+
+
+class Estimate:
+    """Figures with intervals.
+
+    Attributes:
+        told: what the summary says, ``figures`` and ``figures_of``.
+        saved: for each figure its name, value, resampled values (NaN where undefined) and ``drawn``, a hash of what
+            they were drawn from, equal for two folders whose resamples belong together.
+    """
+
+    def __init__(self, told: dict[str, Any], saved: list[dict[str, Any]]):
+        self.told, self.saved = told, saved
+
+
+def estimate(job: Job, rows: Sequence[FigureRow], seed: int = 0) -> Estimate:
+    """The evaluator's figures of these rows, in an order of their own.
+
+    Raises:
+        TypeError: the evaluator returned something else than numbers by name, or other names for a resample.
+    """
+    clusters: dict[str, list[FigureRow]] = {}
+    for row in sorted(rows, key=lambda row: (row["group"], row["sample"])):
+        clusters.setdefault(row["group"], []).append(row)
+    number = resamples(len(rows)) if len(clusters) > 1 else 0
+    about = {"n": len(rows), "clusters": len(clusters), "resamples": number}
+    if not rows:
+        return Estimate({"figures": {}, "figures_of": about}, [])
+    groups = list(clusters.values())
+    values = _figures(job, [row for group in groups for row in group])
+    generator = np.random.default_rng(seed)
+    copies: dict[tuple[int, int], list[FigureRow]] = {}
+    drawn = np.full((number, len(values)), np.nan)
+    for each in range(number):
+        found = _figures(job, _resample(groups, generator.integers(0, len(groups), len(groups)).tolist(), copies))
+        if found.keys() != values.keys():
+            raise TypeError(f"{job.name}.figures names other figures for a resample: {sorted(found.keys() ^ values)}")
+        drawn[each] = [np.nan if found[name] is None else found[name] for name in values]
+    items = [seed, number, [[name, [row["sample"] for row in group]] for name, group in clusters.items()]]
+    mark = hashlib.sha256(json.dumps(items).encode()).hexdigest()
+    told = {
+        name: {"value": value, "ci95": None if value is None else _ends(drawn[:, place], len(groups))}
+        for place, (name, value) in enumerate(values.items())
+    }
+    saved = [
+        {"figure": name, "value": value, "drawn": mark, "resampled": drawn[:, place].tolist()}
+        for place, (name, value) in enumerate(values.items())
+    ]
+    return Estimate({"figures": told, "figures_of": about}, saved)
+
+
+def _figures(job: Job, rows: Sequence[FigureRow]) -> dict[str, float | None]:
+    found = job.cls.figures(job.params, rows)  # type: ignore[union-attr]  # of evaluators of single items alone
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{job.name}.figures returned {type(found).__name__}; it has to be a dictionary of numbers")
+    for name, value in found.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
+            raise TypeError(f"{job.name}.figures returned {value!r:.40} for {name!r}; it has to be a number, or None")
+        if value is not None and not np.isfinite(value):
+            raise TypeError(f"{job.name}.figures returned {value} for {name!r}; what is undefined is None")
+    return {str(name): None if value is None else float(value) for name, value in found.items()}
+
+
+def _resample(
+    groups: Sequence[list[FigureRow]], places: Iterable[int], copies: dict[tuple[int, int], list[FigureRow]]
+) -> list[FigureRow]:
+    """The rows of these clusters; the second time that one is drawn its rows have another group, kept in `copies`."""
+    rows: list[FigureRow] = []
+    times: dict[int, int] = {}
+    for place in places:
+        time = times[place] = times.get(place, 0) + 1
+        if time == 1:
+            rows += groups[place]
+            continue
+        if (place, time) not in copies:
+            copies[place, time] = [{**row, "group": f"{row['group']} (drawn {time})"} for row in groups[place]]
+        rows += copies[place, time]
+    return rows
+
+
+def _ends(drawn: np.ndarray, clusters: int) -> list[float] | None:
+    known = drawn[~np.isnan(drawn)]
+    if clusters < 2 or len(known) < (1 - UNDEFINED) * len(drawn):
+        return None
+    return list(expanded_ends(known, clusters))
