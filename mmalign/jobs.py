@@ -193,8 +193,10 @@ class TrainConfig(Strict):
 
     def _scaled(self) -> None:
         denoising, shared = self.task in ("preference", "sft"), self.sharding != "none"
-        if (shared or self.optim.compile) and not denoising:
-            raise ValueError(f"sharding and optim.compile are for denoisers, not for task {self.task}; drop them")
+        if self.optim.compile and not denoising:
+            raise ValueError(f"optim.compile is for denoisers, not for task {self.task}; drop it")
+        if shared and not denoising and self.task != "mllm":
+            raise ValueError(f"sharding is for denoisers and task mllm, not for task {self.task}; drop it")
         stopping = self.guards.early_stopping
         if stopping and stopping.every > self.optim.steps:
             raise ValueError(

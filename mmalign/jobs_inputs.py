@@ -44,7 +44,7 @@ ANSWERING = {
     "internvl": "InternVL in transformers' layout (-HF): tiles, several images, clips",
     "gemma3": "Gemma 3: SigLIP; images seen in both directions, layers with a sliding window",
 }
-"""Vision-language models that task: mllm is tested with; other image-text models of transformers are tried as they are."""
+"""Vision-language models that task: mllm is tested with; others of transformers are tried as they are."""
 
 Family = Literal[
     "auto", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox", "hunyuan_video",
