@@ -221,12 +221,12 @@ def kto(scores: Scores, *, beta: Beta, desirable_weight: float = 1.0, undesirabl
 
 # ------------------------------------------------------------------------------------------------------------- images
 def image_dpo(scores: Scores, *, beta: Beta) -> Tensor:
-    """mDPO's conditional preference (Wang et al. 2406.11839, equation 4): -s(beta [D(y_w | m) - D(y_w | m_neg)])."""
+    """mDPO's conditional preference (Wang et al. 2406.11839): -s(beta [D(y_w | m) - D(y_w | m_neg)])."""
     return -F.logsigmoid(beta * (scores.chosen.ratio - scores.chosen.blind_ratio))
 
 
 def anchor(scores: Scores, *, beta: Beta, delta: float = 0.0) -> Tensor:
-    """mDPO's anchor (2406.11839, equation 5): -s(beta D(y_w) - delta), so that the chosen answer does not sink too."""
+    """mDPO's anchor (2406.11839): -s(beta D(y_w) - delta), so that the chosen answer does not sink too."""
     return -F.logsigmoid(beta * scores.chosen.ratio - delta)
 
 

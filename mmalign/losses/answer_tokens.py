@@ -27,7 +27,7 @@ def mean(pairs: Pairs) -> Scores:
 
 
 def segments(pairs: Pairs, *, gamma: float = 5.0, normalise: bool = True) -> Scores:
-    """RLHF-V's dense scoring (Yu et al. 2312.00849, equation 3): corrected segments count gamma times.
+    """RLHF-V's dense scoring (Yu et al. 2312.00849): corrected segments count gamma times.
 
         log pi(y|x) = (1/N) [sum_{unchanged} log p + gamma sum_{changed} log p],   N = |unchanged| + gamma |changed|
 
