@@ -99,6 +99,15 @@ class Passes:
                 seen[id(prompt)].deep[kind] = [layer[i] for layer in deep]
         return seen
 
+    @torch.no_grad()
+    def counts(self, prompt: Prompt) -> list[int] | None:
+        """Features of each of a prompt's images, where the family's tower gives them image by image; else None."""
+        output = self.base.get_image_features(
+            **joined([self._vision(prompt, "image")], self.model.device), return_dict=True
+        )
+        features = output.pooler_output
+        return None if isinstance(features, Tensor) else [len(part) for part in features]
+
     def _vision(self, prompt: Prompt, kind: str) -> dict[str, Tensor]:
         """The processor's outputs that speak of one kind of media."""
         other = "image" if kind == "video" else "video"
