@@ -300,9 +300,9 @@ class Evaluator(_Declared, ABC):
                 counts it twice.
 
         Returns:
-            By name, always the same names for the same parameters and table; None where a figure is not defined, as a
-            precision without a positive answer. The same rows have to give the same figures. An empty dictionary: the
-            evaluator has none.
+            By name; None where a figure is not defined, as a precision without a positive answer. A part of the rows
+            may lack a figure that all of them have (one of a split that it holds nothing of), and has no further ones.
+            The same rows have to give the same figures. An empty dictionary: the evaluator has none.
         """
         return {}
 

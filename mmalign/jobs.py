@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from mmalign.config import Strict
 from mmalign.jobs_align import EvaluatorSpec, Guards, Noise, Online, Probability, Reference, Timesteps
+from mmalign.jobs_answers import Answers
 from mmalign.jobs_guidance import Guidance
 from mmalign.jobs_inputs import Data, Model
 from mmalign.jobs_mllm import Mllm
@@ -351,16 +352,23 @@ class ScoreConfig(Scoring):
     output: Path = Field(description="results folder: parts/, summary.json")
     evaluators: tuple[EvaluatorSpec, ...] = Field(min_length=1)
     vbench: VBench | None = Field(None, description="score dimensions of VBench and their totals (docs/vbench.md)")
+    benchmark: Answers | None = Field(
+        None, description="judge what a model answers to a benchmark's questions (docs/hallucination.md)"
+    )
 
     @model_validator(mode="after")
     def _sourced(self) -> ScoreConfig:
-        if (self.table is None) == (self.media is None):
+        if self.benchmark is not None:
+            given = [name for name in ("table", "media", "vbench") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"benchmark brings its own questions; drop {' and '.join(given)}")
+        elif (self.table is None) == (self.media is None):
             raise ValueError("give exactly one of table and media: a media table, or a folder of media")
         return self
 
     @property
     def source(self) -> Path:
-        """Where the media are listed: `table` or `media`."""
-        found = self.table or self.media
+        """Where the media are listed: `table` or `media`, or the benchmark's (first) file of questions."""
+        found = self.table or self.media or (self.benchmark.questions[0] if self.benchmark else None)
         assert found is not None
         return found

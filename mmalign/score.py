@@ -26,6 +26,7 @@ from mmalign.locks import alone_in, refuse_if_busy
 from mmalign.media import decoder_fingerprint
 from mmalign.progress import Progress
 from mmalign.results import WHOLE_SET
+from mmalign.score_answers import answer, answer_rows
 from mmalign.score_figures import add_figures
 from mmalign.score_plan import Plan, Todo, make_jobs, make_plan, set_key, to_do
 from mmalign.score_processes import Advance, Ranks, score_in_processes
@@ -93,7 +94,8 @@ def plan_for(config: ScoreConfig, plugins: bool = True) -> Plan:
     if config.engine == "ray":
         check_ray()
     jobs = make_jobs(specs(config, plugins), plugins)
-    return make_plan(jobs, rows_of(config), config.source, config.batch_size, config.dtype)
+    rows = answer_rows(config) if config.benchmark else rows_of(config)
+    return make_plan(jobs, rows, config.source, config.batch_size, config.dtype)
 
 
 def _run(config: ScoreConfig, plugins: bool, ranks: Ranks | None) -> Path:
@@ -104,6 +106,11 @@ def _run(config: ScoreConfig, plugins: bool, ranks: Ranks | None) -> Path:
     with ExitStack() as held:
         try:
             refuse_if_busy(config.output)
+            if ranks and config.benchmark and config.benchmark.model:
+                raise ValueError("benchmark.model answers in one process; call `mmalign score` without the launcher")
+            if config.benchmark:
+                make_jobs(specs(config, plugins), plugins)  # a mistake in these costs no answers
+                answer(config)
             plan = plan_for(config, plugins)
             held.enter_context(alone_in(config.output, "mmalign score"))  # only now: a mistake leaves no folder behind
             store.create()

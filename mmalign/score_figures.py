@@ -123,9 +123,9 @@ def estimate(job: Job, rows: Sequence[FigureRow], seed: int = 0) -> Estimate:
     drawn = np.full((number, len(values)), np.nan)
     for each in range(number):
         found = _figures(job, _resample(groups, generator.integers(0, len(groups), len(groups)).tolist(), copies))
-        if found.keys() != values.keys():
-            raise TypeError(f"{job.name}.figures names other figures for a resample: {sorted(found.keys() ^ values)}")
-        drawn[each] = [np.nan if found[name] is None else found[name] for name in values]
+        if strange := sorted(found.keys() - values.keys()):
+            raise TypeError(f"{job.name}.figures names other figures for a resample: {', '.join(strange)}")
+        drawn[each] = [np.nan if (value := found.get(name)) is None else value for name in values]
     items = [seed, number, [[name, [row["sample"] for row in group]] for name, group in clusters.items()]]
     mark = hashlib.sha256(json.dumps(items).encode()).hexdigest()
     told = {

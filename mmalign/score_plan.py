@@ -107,7 +107,8 @@ class Plan:
             return f"{job.name} scores {_kinds(job)}; this is {what}"
         absent = [need for need in sorted(_COLUMN_NEEDS & set(job.cls.needs)) if not _has(row, need)]
         if absent:
-            return f"the row has no {', '.join(absent)}"
+            why = row.aux.get("response_error") if "response" in absent else None
+            return f"the row has no {', '.join(absent)}{f': {why}' if why else ''}"
         if "prompt" in job.cls.needs and well_formed(row.prompt) != row.prompt:
             return "the prompt holds half of a surrogate pair, which is no letter; write it again as UTF-8"
         return None

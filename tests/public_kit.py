@@ -8,9 +8,13 @@ import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 AESTHETIC_HEADS = DATA / "aesthetic"
+AMBER_ANNOTATIONS = DATA / "amber" / "annotations.json"
+AMBER_QUERIES = DATA / "amber" / "query_all.json"
 GECKO = DATA / "gecko" / "prompts.csv"
 GENEVAL = DATA / "geneval" / "evaluation_metadata.jsonl"
+HALLUSION_BENCH = DATA / "hallusionbench" / "HallusionBench.json"
 IMAGE_REWARD = DATA / "imagereward" / "test.json"
+POPE_ADVERSARIAL = DATA / "pope" / "coco_pope_adversarial.json"
 REAL_CLIP = DATA / "video" / "flipping_a_pancake.mkv"
 VBENCH = DATA / "vbench" / "VBench_full_info.json"
 VBENCH_I2V = DATA / "vbench" / "vbench2_i2v_full_info.json"

@@ -139,7 +139,7 @@ def test_what_does_not_say_where_it_looks(read: Any) -> None:
     kept = model.config._attn_implementation
     try:
         model.config._attn_implementation = "sdpa"
-        with pytest.raises(ValueError, match="attention weights need mllm.attention: eager"):
+        with pytest.raises(ValueError, match=r"attention weights need mllm\.attention: eager"):
             attention_to_prompt(Passes(model, False), asked)
     finally:
         model.config._attn_implementation = kept

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmalign.backbones.vlm_generate import Asked, Decoding, Writer
 from mmalign.backbones.vlm_loading import load_parts
+from mmalign.backbones.vlm_lora import merge_adapter
 from mmalign.backbones.vlm_prefix import Tokens, hidden_states
 from mmalign.backbones.vlm_text import ChatFormat, End
 
@@ -68,6 +70,7 @@ class VisionLanguageModel:
         family: its ``model_type``.
         words: makes the texts that it reads.
         width: size of a hidden state.
+        writer: writes answers in words.
         device, dtype: where and in what precision it runs.
     """
 
@@ -81,6 +84,7 @@ class VisionLanguageModel:
         self._shared = self.family in FAMILIES
         text = model.config.get_text_config()
         self._limit = int(getattr(text, "max_position_embeddings", None) or 2**31)
+        self.writer = Writer(model, processor, words, self._limit, device, dtype)
 
     # ---------------------------------------------------------------------------------------------------- images
 
@@ -243,24 +247,14 @@ class VisionLanguageModel:
         """The greedy answer to one text per clip (uint8 [T, 3, H, W]), without control tokens.
 
         One item at a time: in a padded batch a rounding difference could change a word and all that follows it.
-        Sampling, temperature and penalties of the folder's generation config are not used.
+        `writer` has batches, sampling and questions without images.
         """
-        from transformers import GenerationConfig
-
-        ends = self._model.generation_config.eos_token_id or self._tokenizer.eos_token_id
-        pad = self._tokenizer.pad_token_id
-        greedy = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad)
-        kept = self._model.generation_config
         answers = []
-        try:
-            self._model.generation_config = greedy  # unset values are otherwise filled in from the folder's
-            for clip, text in zip(clips, texts, strict=True):
-                inputs = self._inputs([text], [clip])
-                self._check_length(inputs["input_ids"].shape[1] + max_new_tokens)
-                ids = self._model.generate(**inputs, generation_config=greedy)[0, inputs["input_ids"].shape[1] :]
-                answers.append(self._tokenizer.decode(ids, skip_special_tokens=True))
-        finally:
-            self._model.generation_config = kept
+        for clip, text in zip(clips, texts, strict=True):
+            (found,) = self.writer.write([Asked(text, tuple(clip))], Decoding(max_new_tokens))
+            if isinstance(found, ValueError):
+                raise found
+            answers.append(found.text)
         return answers
 
     # ---------------------------------------------------------------------------------------------------- passes
@@ -370,6 +364,7 @@ def load_vlm(
     answer_prefix: str | None = None,
     state: dict[str, Tensor] | None = None,
     origin: str = "",
+    lora: str | None = None,
 ) -> VisionLanguageModel:
     """Loader for a `BackboneSpec`.
 
@@ -378,12 +373,15 @@ def load_vlm(
         conversation, answer_prefix: see `mmalign.backbones.vlm_text.VlmParams`.
         state: tensors in place of the folder's, which then needs none.
         origin: where they are from, for messages.
+        lora: folder of a PEFT adapter that is merged into the weights.
 
     Raises:
-        ValueError: as `mmalign.backbones.vlm_loading.load_parts` says; or there is neither a chat template nor a
-            conversation.
+        ValueError: as `mmalign.backbones.vlm_loading.load_parts` and `merge_adapter` say; or there is neither a
+            chat template nor a conversation.
     """
     model, processor = load_parts(folder, dtype, state, origin)
+    if lora is not None:
+        model = merge_adapter(model, lora)
     if conversation is None and not getattr(processor, "chat_template", None):
         raise ValueError(f"{folder}: has no chat template; set `conversation`, with {{images}} and {{question}} in it.")
     words = ChatFormat(processor, str(model.config.model_type), conversation, answer_prefix)

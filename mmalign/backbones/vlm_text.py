@@ -73,20 +73,25 @@ class ChatFormat:
         self._control = frozenset([*special, processor.image_token])
         self.placeholder = int(self._tokenizer.convert_tokens_to_ids(processor.image_token))
 
-    def chat(self, question: str, images: int, prefill: str = "") -> str:
+    def chat(self, question: str, images: int, prefill: str = "", system: str | None = None) -> str:
         """What the model reads: images, then the question, in its own chat format, up to where its answer begins.
 
         Args:
             question: the user's words.
             images: how many placeholders are put before them.
             prefill: the beginning of the answer, put into the model's mouth.
+            system: what stands before all in the role of the system, in place of what the template itself puts there.
 
         Raises:
-            ValueError: the question holds a control token of the model's, such as ``<image>``.
+            ValueError: the question holds a control token of the model's, such as ``<image>``; or a system message for
+                a conversation of one's own, which has it in it.
         """
+        if system is not None and self._conversation is not None:
+            raise ValueError("`conversation` is all that the model reads; write the system message into it")
         if self._conversation is None:
             content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": self.plain(question)}]
-            text = self.render([{"role": "user", "content": content}], answer=True)
+            before = [{"role": "system", "content": [{"type": "text", "text": self.plain(system)}]}] if system else []
+            text = self.render([*before, {"role": "user", "content": content}], answer=True)
         else:
             text = self._conversation.replace("{images}", self._image * images)
             text = text.replace("{question}", self.plain(question))

@@ -29,6 +29,7 @@ class Job(StrEnum):
     prefer = "prefer"
     bench = "bench"
     optimise = "optimise-prompt"
+    respond = "respond"
 
     @property
     def command(self) -> str:
@@ -49,11 +50,12 @@ def register(app: typer.Typer) -> None:
 
 def schema_of(job: Job) -> Any:
     """The root schema of a job's config."""
-    from mmalign import jobs, jobs_bench, jobs_prefer, jobs_prompts
+    from mmalign import jobs, jobs_bench, jobs_prefer, jobs_prompts, jobs_respond
 
     schemas = {Job.train: jobs.TrainConfig, Job.sample: jobs.SampleConfig, Job.score: jobs.ScoreConfig}
     schemas |= {Job.prefer: jobs_prefer.PreferConfig, Job.bench: jobs_bench.BenchConfig}
-    return (schemas | {Job.optimise: jobs_prompts.PromptsConfig})[job]
+    schemas |= {Job.optimise: jobs_prompts.PromptsConfig, Job.respond: jobs_respond.RespondConfig}
+    return schemas[job]
 
 
 def job_of(document: Document) -> Job | None:

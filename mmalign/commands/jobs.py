@@ -1,4 +1,4 @@
-"""The verbs that do the work: quickstart, train, sample, optimise-prompt, score."""
+"""The verbs that do the work: quickstart, train, sample, respond, optimise-prompt, score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIGS = {".yaml", ".yml"}
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (quickstart, train, sample, optimise_prompt, score):
+    for verb in (quickstart, train, sample, respond, optimise_prompt, score):
         app.command(rich_help_panel="Jobs")(verb)
 
 
@@ -112,6 +112,23 @@ def sample(config: Config, overrides: Overrides = None) -> None:
     """
     settings = load_job(config, overrides, Job.sample)
     from mmalign.sample import run
+
+    typer.echo(f"media table: {run(settings)}")
+
+
+def respond(config: Config, overrides: Overrides = None) -> None:
+    """Have an image-text model answer a table of questions; writes the table with its answers beside them.
+
+    Run the same command again to go on after a stop. `mmalign score` reads the table, and its column `response`.
+
+    [bold]Examples[/bold]
+
+        mmalign respond configs/respond/describe.yaml --set questions=questions.jsonl
+
+        mmalign respond configs/respond/describe.yaml --set model.lora=runs/dpo/export --set output=runs/dpo/answers
+    """
+    settings = load_job(config, overrides, Job.respond)
+    from mmalign.respond import run
 
     typer.echo(f"media table: {run(settings)}")
 

@@ -1,0 +1,40 @@
+"""Sub-scores of yes/no answers, as the evaluators of yes/no benchmarks give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.hallucination.yes_no import Said, length
+
+__all__ = ["judged"]
+
+
+def judged(
+    responses: Sequence[str], aux: Sequence[dict[str, Any]], parse: Callable[[str], Said], neither: str = "unknown"
+) -> dict[str, Tensor]:
+    """accuracy (1 or 0) of each answer, and the counts yes, `neither`, due (yes is right) and words: float64 [B] each.
+
+    Args:
+        aux: with the label of each, ``yes`` or ``no``.
+        neither: what an answer that is neither is called.
+
+    Raises:
+        ValueError: an item without such a label.
+    """
+    labels = [one.get("label") for one in aux]
+    for label in labels:
+        if label not in ("yes", "no"):
+            raise ValueError(f"the row's label is {label!r}; it has to be yes or no")
+    said = [parse(response) for response in responses]
+    columns = {
+        "accuracy": [one == label for one, label in zip(said, labels, strict=True)],
+        "yes": [one == "yes" for one in said],
+        neither: [one is None for one in said],
+        "due": [label == "yes" for label in labels],
+        "words": [length(response) for response in responses],
+    }
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
