@@ -91,7 +91,18 @@ LAYERS: list[set[str]] = [
         "labelling",
         "agreement",
     }
-    | {"backbones", "protocols", "inversion", "judgements", "kohya", "mllm", "shapes", "vbench", "hallucination"},
+    | {
+        "backbones",
+        "builders",
+        "protocols",
+        "inversion",
+        "judgements",
+        "kohya",
+        "mllm",
+        "shapes",
+        "vbench",
+        "hallucination",
+    },
     {
         "noise",
         "devices",

@@ -7,7 +7,7 @@ else every answer has a row with a prompt of its own. Both give the same hidden 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class Passes:
         self._eager = model.config._attn_implementation == "eager"
         by_layer = "sliding_attention" in (getattr(text, "layer_types", None) or ())
         self._window = int(text.sliding_window) if by_layer else None
+        self._both_ways = self.family == "gemma3"  # tokens of an image see each other
         self._tokens = {
             kind: _first(model.config, f"{kind}_token_id", f"{kind}_token_index") for kind in ("image", "video")
         }
@@ -161,7 +162,8 @@ class Passes:
             branch.append(torch.full((len(answer),), number))
             positions.append((behind + torch.arange(len(answer))).expand(*own.shape[:-1], -1))
         kinds = F.pad(kinds, (0, len(ids) - start))
-        return _Row(prompt, ids, kinds, torch.cat(branch), torch.cat(positions, -1), torch.cat(reads))
+        places = torch.cat(reads) if reads else torch.zeros(0, dtype=torch.long)
+        return _Row(prompt, ids, kinds, torch.cat(branch), torch.cat(positions, -1), places)
 
     def _prompt_positions(self, prompt: Prompt) -> Tensor:
         """[P], or [3, P] (time, row, column) for families with M-RoPE."""
@@ -180,17 +182,60 @@ class Passes:
     def _positions(self, rows: Sequence[_Row], length: int) -> Tensor:
         return torch.stack([_padded(row.positions, length) for row in rows], dim=-2)
 
+    # --------------------------------------------------------------------------------------- a prompt, then its answer
+
+    def prefix(self, prompt: Prompt, visible: Tensor) -> tuple[dict[str, Any], int]:
+        """Inputs of the base model for a prompt alone, and the position behind it.
+
+        Args:
+            visible: bool [P]; other tokens are seen by themselves alone.
+        """
+        row = self._row(Branching(prompt, ()))
+        size, device = len(row.ids), self.model.device
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([row.ids], device=device)}
+        inputs["position_ids"] = self._positions([row], size).to(device)
+        inputs["attention_mask"] = self._masks(
+            lambda window: (_block_mask(row, size, self._both_ways, window) & (visible[None] | torch.eye(size).bool()))[
+                None
+            ]
+        )
+        features = self._features([prompt], self.see([prompt]))
+        if features:
+            inputs["mm_encoder_outputs"] = features
+        return inputs, int(row.positions.max()) + 1
+
+    def further(self, tokens: Sequence[int], visible: Tensor, behind: int, place: int) -> dict[str, Any]:
+        """Inputs for tokens of an answer of which `place` have been read, behind a prompt in the cache."""
+        count, device = len(tokens), self.model.device
+        at = behind + place + torch.arange(count)
+        positions = at.expand(3, 1, -1) if hasattr(self.base, "get_rope_index") else at[None]
+        before = torch.cat([visible.expand(count, -1), torch.ones(count, place, dtype=torch.bool)], 1)
+        own = torch.ones(count, count, dtype=torch.bool).tril()
+
+        def mask(window: int | None) -> Tensor:
+            seen = torch.cat([before, own], 1)
+            if window is not None:  # a prompt of text and images has a position per token in these families
+                keys = torch.cat([torch.arange(len(visible)), behind + torch.arange(place + count)])
+                seen &= at[:, None] - keys[None] < window
+            return seen[None]
+
+        ids = torch.tensor([list(tokens)], device=device)
+        return {"input_ids": ids, "position_ids": positions.to(device), "attention_mask": self._masks(mask)}
+
     # ------------------------------------------------------------------------------------------------------ masks
 
     def _mask(self, rows: Sequence[_Row], length: int, device: torch.device) -> Any:
         if not self.shared:
             return torch.stack([_padded(torch.ones(len(row.ids), dtype=torch.long), length) for row in rows]).to(device)
-        both_ways = self.family == "gemma3"
+        return self._masks(
+            lambda window: torch.stack([_block_mask(row, length, self._both_ways, window) for row in rows])
+        )
+
+    def _masks(self, mask: Callable[[int | None], Tensor]) -> Any:
+        """Masks bool [B, S, S] of a function of the window as the family takes them: one, or one per kind of layer."""
         windows = {"full_attention": None} | ({"sliding_attention": self._window} if self._window else {})
-        made = {}
-        for name, window in windows.items():
-            mask = torch.stack([_block_mask(row, length, both_ways, window) for row in rows])
-            made[name] = self._as_attention_takes_it(mask[:, None].to(device))
+        device = self.model.device
+        made = {name: self._as_attention_takes_it(mask(each)[:, None].to(device)) for name, each in windows.items()}
         return made if self._window else made["full_attention"]
 
     def _as_attention_takes_it(self, mask: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Preference rows of answers, made by a vision-language model: one method per file, each a function of one row."""
