@@ -89,11 +89,8 @@ def rejected(
         for sentence in sentences(text):
             space = sentence[: len(sentence) - len(sentence.lstrip())]
             kept = beginning(sentence, settings.flip, generator)
-            made += (
-                kept + write(before + (kept or space), hidden, True)
-                if kept
-                else space + write(before + space, hidden, True)
-            )
+            start = kept or space  # behind kept words the model writes the space itself
+            made += start + write(before + start, hidden, True)
             before += sentence
         closest = similar(text, made)
         if made.strip() and closest <= settings.similarity:
