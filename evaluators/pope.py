@@ -16,7 +16,7 @@ class Pope(Evaluator):
     """
 
     needs = frozenset({"response", "aux"})
-    modality = frozenset({"image", "video", "text"})
+    modality = frozenset({"image", "text"})
     higher_is_better, score_range = True, (0.0, 1.0)
     counts = frozenset({"yes", "unknown", "due", "words"})
     version = 1

@@ -75,6 +75,8 @@ class Thumbnails:
     def _make(self, results: Results, row: dict[str, Any]) -> Thumbnail:
         from mmalign.media import MediaError
 
+        if not row["media"]:
+            return Thumbnail(None, "a row without media")
         try:
             source, clip = self._find(results, row)
             return thumbnail(source, clip, self.limit)

@@ -143,14 +143,14 @@ def _identity(settings: Responding) -> dict[str, Any]:
     told = settings.model_dump(mode="json", exclude=_UNASKED)
     return {
         **told,
-        "model": files_hash(vlm_files(settings.path)),
-        "lora": files_hash(adapter_files(settings.lora)) if settings.lora else None,
+        "model": files_hash(vlm_files(settings.path, "model.path")),
+        "lora": files_hash(adapter_files(settings.lora, "model.lora")) if settings.lora else None,
     }
 
 
 def _load(settings: Responding, device: torch.device) -> VisionLanguageModel:
     return load_vlm(
-        folder=str(model_folder(settings.path, "path")),
+        folder=str(model_folder(settings.path, "model.path")),
         device=device,
         dtype=resolve_dtype(settings.dtype),
         conversation=settings.conversation,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from mmalign.hallucination.readers import answered, read_questions
@@ -24,7 +23,7 @@ def answer(config: ScoreConfig) -> None:
     """
     block = config.benchmark
     if block is not None and block.model is not None:
-        rows = [row for rows in _asked(config, block) for row in rows]
+        rows = [row for rows in _asked(config, block)[0] for row in rows]
         respond(rows, block.model, config.output / RESPONSES, block.model)
 
 
@@ -36,9 +35,9 @@ def answer_rows(config: ScoreConfig) -> list[MediaRow]:
     """
     block = config.benchmark
     assert block is not None
-    questions = _asked(config, block)
+    questions, unasked = _asked(config, block)
     if block.responses is not None:
-        return answered(block.kind, questions, block.responses)
+        return answered(block.kind, questions, block.responses, unasked)
     table = config.output / RESPONSES / "table.jsonl"
     if not table.is_file():
         raise ValueError(
@@ -48,15 +47,16 @@ def answer_rows(config: ScoreConfig) -> list[MediaRow]:
     return [row for row in read_media_table(table) if row.sample in wanted]
 
 
-def _asked(config: ScoreConfig, block: Answers) -> list[Sequence[MediaRow]]:
-    """The rows of each file for which an evaluator is named."""
+def _asked(config: ScoreConfig, block: Answers) -> tuple[list[list[MediaRow]], set[str]]:
+    """The rows of each file for which an evaluator is named, and the samples of the others."""
     names = {spec.name.partition("@")[0] for spec in config.evaluators}
     found = read_questions(block.kind, block.questions, _expanded(block.images), block.annotations)
     kept = [[row for row in rows if not row.dimensions or names & set(row.dimensions)] for rows in found]
     if not any(kept):
         meant = sorted({name for rows in found for row in rows for name in row.dimensions or ()})
         raise ValueError(f"benchmark.kind {block.kind} is for {' and '.join(meant)}; name one of them in evaluators")
-    return list(kept)
+    asked = {row.sample for rows in kept for row in rows}
+    return kept, {row.sample for rows in found for row in rows} - asked
 
 
 def _expanded(path: Path | None) -> Path | None:

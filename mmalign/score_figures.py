@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from mmalign.compare_figures import FILE, UNDEFINED
 from mmalign.evaluation import FigureRow, figures_declared
+from mmalign.progress import Progress
 from mmalign.score_plan import Job, Plan
 from mmalign.source import whole_file
 from mmalign.stats import expanded_ends
@@ -118,14 +119,7 @@ def estimate(job: Job, rows: Sequence[FigureRow], seed: int = 0) -> Estimate:
         return Estimate({"figures": {}, "figures_of": about}, [])
     groups = list(clusters.values())
     values = _figures(job, [row for group in groups for row in group])
-    generator = np.random.default_rng(seed)
-    copies: dict[tuple[int, int], list[FigureRow]] = {}
-    drawn = np.full((number, len(values)), np.nan)
-    for each in range(number):
-        found = _figures(job, _resample(groups, generator.integers(0, len(groups), len(groups)).tolist(), copies))
-        if strange := sorted(found.keys() - values.keys()):
-            raise TypeError(f"{job.name}.figures names other figures for a resample: {', '.join(strange)}")
-        drawn[each] = [np.nan if (value := found.get(name)) is None else value for name in values]
+    drawn = _drawn(job, groups, list(values), number, seed)
     items = [seed, number, [[name, [row["sample"] for row in group]] for name, group in clusters.items()]]
     mark = hashlib.sha256(json.dumps(items).encode()).hexdigest()
     told = {
@@ -137,6 +131,22 @@ def estimate(job: Job, rows: Sequence[FigureRow], seed: int = 0) -> Estimate:
         for place, (name, value) in enumerate(values.items())
     ]
     return Estimate({"figures": told, "figures_of": about}, saved)
+
+
+def _drawn(job: Job, groups: Sequence[list[FigureRow]], names: Sequence[str], number: int, seed: int) -> np.ndarray:
+    """The figures of resamples [number, figures], NaN where one is undefined."""
+    generator = np.random.default_rng(seed)
+    copies: dict[tuple[int, int], list[FigureRow]] = {}
+    drawn = np.full((number, len(names)), np.nan)
+    with Progress(f"resampling {job.label}", number) as bar:
+        for each in range(number):
+            places = generator.integers(0, len(groups), len(groups)).tolist()
+            found = _figures(job, _resample(groups, places, copies))
+            if strange := sorted(found.keys() - set(names)):
+                raise TypeError(f"{job.name}.figures names other figures for a resample: {', '.join(strange)}")
+            drawn[each] = [np.nan if (value := found.get(name)) is None else value for name in names]
+            bar.update(each + 1)
+    return drawn
 
 
 def _figures(job: Job, rows: Sequence[FigureRow]) -> dict[str, float | None]:

@@ -126,7 +126,9 @@ def test_figures_stand_in_the_summary_and_are_told(tmp_path):
     assert entry["figures_of"] == {"n": 6, "clusters": 4, "resamples": 2000}
     told = account({"evaluators": {"agreement": entry}})
     assert told[0] == "agreement: 6 of 6 scored (100 %)" and told[1].startswith("  yes_ratio 0.5000 [")
-    assert "brightness" not in summary(folder) and (folder / FILE).exists()
+    assert (folder / FILE).exists()
+    page = build([folder], tmp_path / "report.html").read_text()
+    assert 'data-figure="agreement: yes_ratio"' in page and "a row without media" in page
 
 
 def test_intervals_are_those_of_a_ratio_over_clusters(tmp_path):

@@ -93,7 +93,7 @@ def test_several_files_go_together_in_order(tmp_path, questions):
         run(config(tmp_path / "x", "pope", kind="pope", questions=[other, other], responses=second))
 
 
-def test_amber_asks_each_evaluator_its_own(tmp_path):
+def test_amber_asks_each_evaluator_its_own(tmp_path, caplog):
     kinds = ["generative", "discriminative-hallucination", "relation"]
     queries = [{"id": n, "image": f"AMBER_{n}.jpg", "query": "?"} for n in (1, 2, 3)]
     notes = [{"id": n, "type": kind, "truth": ["sky"] if n == 1 else "no"} for n, kind in enumerate(kinds, 1)]
@@ -104,6 +104,7 @@ def test_amber_asks_each_evaluator_its_own(tmp_path):
     )  # fmt: skip
     entry = summary(run(wanted))["amber_discriminative"]
     assert (entry["n_ok"], entry["n_skipped"], entry["figures"]["f1"]["value"]) == (2, 0, 1)
+    assert not caplog.records, "the answer to the open query is no stranger"
     with pytest.raises(ValueError, match="is for amber_discriminative and amber_generative; name one of them"):
         run(config(tmp_path / "x", "pope", **wanted.benchmark.model_dump()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,18 @@ def read_questions(
     return found
 
 
-def answered(kind: str, questions: Sequence[Sequence[MediaRow]], files: Sequence[Path]) -> list[MediaRow]:
+def answered(
+    kind: str, questions: Sequence[Sequence[MediaRow]], files: Sequence[Path], unasked: Collection[str] = ()
+) -> list[MediaRow]:
     """The rows with saved answers, of a media table with `sample` and `response` or of the benchmark's own layout.
 
     Several files of answers go with as many files of questions, in their order. Questions without an answer keep none,
     which the results count; they and answers to nothing are logged by name.
+
+    Args:
+        questions: the rows of each file of questions.
+        files: of answers.
+        unasked: samples of questions that are left out, whose answers are nothing to wonder at.
 
     Raises:
         ValueError: files that are neither, or that answer none of the questions.
@@ -87,7 +94,7 @@ def answered(kind: str, questions: Sequence[Sequence[MediaRow]], files: Sequence
             found[sample] = told
     known = {row.sample for row in every}
     missing = [row.sample for row in every if row.sample not in found]
-    extra = [sample for sample in found if sample not in known]
+    extra = [sample for sample in found if sample not in known and sample not in unasked]
     names = ", ".join(map(str, files))
     if len(missing) == len(every):
         called = _some([row.sample for row in every])
