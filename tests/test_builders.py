@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmalign.builders import bdhs, claims, multi_image
+from mmalign.jobs_build import BDHS
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -59,7 +60,7 @@ def test_ends_are_written_behind_the_true_sentences() -> None:
         asked.append(words)
         return " a green square."
 
-    built = bdhs.rejected(TEXT, range(9), write, lambda a, b: 0.5, bdhs.BDHS(), _generator(1))
+    built = bdhs.rejected(TEXT, range(9), write, lambda a, b: 0.5, BDHS(), _generator(1))
     assert (built.tries, built.unguided) == (1, False)
     true = bdhs.sentences(TEXT)
     for number, words in enumerate(asked):
@@ -76,7 +77,7 @@ def test_an_answer_that_means_the_same_is_tried_again_and_then_written_freely() 
         calls.append((words, stop))
         return " something."
 
-    built = bdhs.rejected("A dog.", range(4), write, lambda a, b: 0.99, bdhs.BDHS(tries=5), _generator())
+    built = bdhs.rejected("A dog.", range(4), write, lambda a, b: 0.99, BDHS(tries=5), _generator())
     assert (built.tries, built.unguided) == (6, True)
     assert len(calls) == 6
     assert calls[-1] == ("", False)
@@ -90,7 +91,7 @@ def test_a_model_that_sees_everything_and_repeats_gives_the_same_answer() -> Non
         rest = TEXT[len(words) :]
         return bdhs.sentences(rest)[0] if stop else rest
 
-    built = bdhs.rejected(TEXT, range(9), write, lambda a, b: 0.0, bdhs.BDHS(hidden=0.0), _generator(4))
+    built = bdhs.rejected(TEXT, range(9), write, lambda a, b: 0.0, BDHS(hidden=0.0), _generator(4))
     assert built.text == TEXT
 
 

@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {
         "train",
         "sample",
+        "build_answers",
         "respond",
         "score",
         "quickstart",
@@ -128,6 +129,7 @@ LAYERS: list[set[str]] = [
         "jobs_align",
         "jobs_answers",
         "jobs_bench",
+        "jobs_build",
         "jobs_guidance",
         "jobs_inputs",
         "jobs_mllm",
@@ -165,6 +167,7 @@ LIGHT = {
     "jobs": {"pydantic"},
     "jobs_answers": {"pydantic"},
     "jobs_bench": {"pydantic"},
+    "jobs_build": {"pydantic"},
     "jobs_guidance": {"pydantic"},
     "jobs_mllm": {"pydantic"},
     "methods_mllm": {"pydantic"},

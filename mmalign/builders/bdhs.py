@@ -13,19 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mmalign.config import Strict
+from mmalign.jobs_build import BDHS
 
 Write = Callable[[str, frozenset[int], bool], str]
 """(words so far, hidden places, whether to stop at a full stop) -> what the model writes behind them."""
-
-
-class BDHS(Strict):
-    """Settings; defaults are the paper's."""
-
-    hidden: float = 0.99
-    tries: int = 5
-    similarity: float = 0.97
-    flip: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -87,10 +78,8 @@ def rejected(
         hidden = hidden_places(places, settings.hidden, generator)
         made, before = "", ""
         for sentence in sentences(text):
-            space = sentence[: len(sentence) - len(sentence.lstrip())]
             kept = beginning(sentence, settings.flip, generator)
-            start = kept or space  # behind kept words the model writes the space itself
-            made += start + write(before + start, hidden, True)
+            made += kept + write(before + kept, hidden, True)  # the model writes the space behind them itself
             before += sentence
         closest = similar(text, made)
         if made.strip() and closest <= settings.similarity:

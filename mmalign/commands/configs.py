@@ -30,6 +30,7 @@ class Job(StrEnum):
     bench = "bench"
     optimise = "optimise-prompt"
     respond = "respond"
+    build = "prefer-answers"
 
     @property
     def command(self) -> str:
@@ -50,12 +51,12 @@ def register(app: typer.Typer) -> None:
 
 def schema_of(job: Job) -> Any:
     """The root schema of a job's config."""
-    from mmalign import jobs, jobs_bench, jobs_prefer, jobs_prompts, jobs_respond
+    from mmalign import jobs, jobs_bench, jobs_build, jobs_prefer, jobs_prompts, jobs_respond
 
     schemas = {Job.train: jobs.TrainConfig, Job.sample: jobs.SampleConfig, Job.score: jobs.ScoreConfig}
     schemas |= {Job.prefer: jobs_prefer.PreferConfig, Job.bench: jobs_bench.BenchConfig}
     schemas |= {Job.optimise: jobs_prompts.PromptsConfig, Job.respond: jobs_respond.RespondConfig}
-    return schemas[job]
+    return (schemas | {Job.build: jobs_build.BuildConfig})[job]
 
 
 def job_of(document: Document) -> Job | None:

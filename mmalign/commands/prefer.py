@@ -39,6 +39,7 @@ def register(app: typer.Typer) -> None:
     for verb in (run, merge, audit):
         group.command()(verb)
     app.add_typer(group, name="prefer", rich_help_panel="Jobs")
+    app.command("prefer-answers", rich_help_panel="Jobs")(prefer_answers)
 
 
 def run(
@@ -60,6 +61,21 @@ def run(
     from mmalign.prefer import run as run_job
 
     typer.echo(f"preference table: {run_job(settings, replace_labels=replace)}")
+
+
+def prefer_answers(config: Config, overrides: Overrides = None) -> None:
+    """Build preference rows of a vision-language model's answers: from claims, habit, several pictures, or negatives.
+
+    [bold]Examples[/bold]
+
+        mmalign prefer-answers configs/prefer/answers_claims.yaml
+
+        mmalign prefer-answers configs/prefer/answers_bdhs.yaml --set rows=data/captions.jsonl --set limit=100
+    """
+    settings = load_job(config, overrides, Job.build)
+    from mmalign.build_answers import run as run_job
+
+    typer.echo(f"rows to train on: {run_job(settings)}")
 
 
 def merge(

@@ -32,7 +32,8 @@ def image_places(
         bare: the tokens of its text before that, in which each image is one placeholder.
         placeholder: its id; Gemma's is not the token of a feature.
         image: id of the token that stands for a feature.
-        counts: features of each image, for templates that put images side by side (LLaVA-OneVision's).
+        counts: features of each image, where they are known (`Passes.counts`): needed for templates that put images
+            side by side (LLaVA-OneVision's).
 
     Raises:
         ValueError: the two differ in more than the placeholders, or images stand side by side and there are no counts,

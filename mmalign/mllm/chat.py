@@ -109,6 +109,22 @@ class Chat:
             ids = list(self._tokenizer(tail, add_special_tokens=False)["input_ids"])
         return tuple(ids) if framed.ended else (*ids, self.ends[0])
 
+    def begun(self, framed: Framed, text: str) -> tuple[int, ...]:
+        """Token ids of an answer that is not at its end, without the white space that the next word will bring."""
+        said = self.plain(text.rstrip())
+        if not said:
+            return ()
+        before, joint = self.ids(framed.text), self.ids(framed.text + framed.before + said)
+        if joint[: len(before)] == before:
+            return tuple(joint[len(before) :])
+        return tuple(self._tokenizer(framed.before + said, add_special_tokens=False)["input_ids"])
+
+    def behind(self, begun: Sequence[int], more: Sequence[int]) -> str:
+        """What further tokens add to the text of those before them, spaces as they fall."""
+        whole = self._tokenizer.decode([*begun, *more], skip_special_tokens=True)
+        start = self._tokenizer.decode(list(begun), skip_special_tokens=True)
+        return str(whole[len(start) :])
+
     def offsets(self, framed: Framed, text: str) -> list[tuple[int, int]]:
         """Where in `text` each of the answer's tokens stands; (n, n) for those of the template, n its length.
 

@@ -29,10 +29,14 @@ class Opened:
 
 
 class Decoder:
-    """Continuations of one model's answers, one at a time."""
+    """Continuations of one model's answers, one at a time.
 
-    def __init__(self, passes: Passes, head: Head):
-        self.passes, self.head = passes, head
+    Args:
+        never: ids that no answer has, such as the placeholders of images, which would have no features.
+    """
+
+    def __init__(self, passes: Passes, head: Head, never: Collection[int] = ()):
+        self.passes, self.head, self.never = passes, head, sorted(never)
 
     @torch.no_grad()
     def open(self, prompt: Prompt, hidden: Collection[int] = ()) -> Opened:
@@ -64,7 +68,8 @@ class Decoder:
             stop: whether the tokens so far are enough.
             temperature: 0 takes the likeliest token each time; else one is drawn by the generator (on the CPU).
         """
-        state, place, found = opened.last, 0, []
+        found: list[int] = []
+        state, place = opened.last, 0
         if prefix:
             state, place = self._step(opened, list(prefix), 0), len(prefix)
         while len(found) < max_new_tokens:
@@ -80,6 +85,7 @@ class Decoder:
         return found
 
     def _choose(self, logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:
+        logits[self.never] = -torch.inf
         if not temperature:
             return int(logits.argmax())
         share = (logits.double().cpu() / temperature).softmax(0)

@@ -102,12 +102,16 @@ class Passes:
 
     @torch.no_grad()
     def counts(self, prompt: Prompt) -> list[int] | None:
-        """Features of each of a prompt's images, where the family's tower gives them image by image; else None."""
+        """Features of each of a prompt's images, where the family's tower gives them image by image; else None.
+
+        Idefics3 and SmolVLM give all of a row's images together, InternVL and Gemma 3 tile by tile.
+        """
         output = self.base.get_image_features(
             **joined([self._vision(prompt, "image")], self.model.device), return_dict=True
         )
         features = output.pooler_output
-        return None if isinstance(features, Tensor) else [len(part) for part in features]
+        apart = not isinstance(features, Tensor) and self.family not in ("idefics3", "smolvlm")
+        return [len(part) for part in features] if apart else None
 
     def _vision(self, prompt: Prompt, kind: str) -> dict[str, Tensor]:
         """The processor's outputs that speak of one kind of media."""

@@ -1,0 +1,100 @@
+"""What `mmalign prefer-answers` is told to build preference rows of answers: the rows, the model, one method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from mmalign.config import Strict
+from mmalign.jobs_align import Probability
+from mmalign.jobs_mllm import Negative
+from mmalign.jobs_respond import Responding
+
+Ratio = Annotated[float, Field(ge=1)]
+
+
+class BDHS(Strict):
+    """Rejected answers from a model that hardly sees, to good answers that are there (2407.02477)."""
+
+    kind: Literal["bdhs"] = "bdhs"
+    hidden: Probability = Field(0.99, description="share of image tokens that the attention mask hides")
+    tries: PositiveInt = Field(5, description="masks and places until an answer is different enough")
+    similarity: Probability = Field(0.97, description="above it an answer says the same")
+    encoder: Path | None = Field(
+        None,
+        description="folder of a sentence encoder for similarity, such as all-mpnet-base-v2 (mean of its last states); "
+        "null: the share of words in common",
+    )
+    flip: Probability = Field(0.5, description="probability that a leading yes or no is turned round")
+
+
+class Claims(Strict):
+    """RLAIF-V: several answers to each prompt, split into claims that the model is asked about (2405.17220)."""
+
+    kind: Literal["claims"] = "claims"
+    splitter: Path | None = Field(
+        None, description="folder of the model that splits answers; null: the one that answers"
+    )
+    pairs: PositiveInt = Field(2, description="most pairs of a prompt")
+    least: PositiveInt = Field(1, description="how many rejected claims a pair is apart")
+    length_filter: bool = Field(True, description="drop pairs with long rejected answers until mean lengths agree")
+
+
+class Several(Strict):
+    """MIA-DPO: questions about one picture among several; answers that look at the wrong one (2410.17637)."""
+
+    kind: Literal["several"] = "several"
+    forms: tuple[Literal["sequence", "collage", "pic_in_pic"], ...] = Field(
+        ("sequence", "collage", "pic_in_pic"), min_length=1
+    )
+    counts: tuple[int, ...] = Field((2, 3, 4, 5), min_length=1, description="pictures of a sequence or collage, drawn")
+    layer: int | None = Field(None, ge=0, description="whose attention is read; null: the middle one")
+    longest: PositiveInt = Field(512, description="characters of a chosen answer")
+    least_perplexity: float = Field(1.1, description="of the greedy answer; below it is said by heart")
+    length_ratio: Ratio | None = Field(None, description="of the longer to the shorter answer, at most")
+
+    @model_validator(mode="after")
+    def _counted(self) -> Several:
+        if min(self.counts) < 2 or max(self.counts) > 9:
+            raise ValueError("build.counts are from 2 to 9 pictures")
+        return self
+
+
+class Negatives(Strict):
+    """Negative images for rows that are there, written to files: for mDPO, CHiP and others to share."""
+
+    kind: Literal["negatives"] = "negatives"
+    negative: Negative = Negative()
+
+
+class BuildConfig(Strict):
+    """`mmalign prefer-answers FILE`: preference rows of answers, built by a vision-language model."""
+
+    rows: Path = Field(description="rows with prompts, images and perhaps answers, in any form of docs/answers.md")
+    format: str = Field("auto", description="see `mmalign list formats`")
+    root: Path | None = Field(None, description="folder that relative media paths start from; default: the table's own")
+    limit: PositiveInt | None = Field(None, description="use only the first rows")
+    model: Responding | None = Field(None, description="who answers; negatives need none")
+    build: BDHS | Claims | Several | Negatives = Field(discriminator="kind")
+    seed: int = 0
+    output: Path = Field(
+        description="folder: rows.jsonl to train on, images/, build.json with what was left out and why"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BuildConfig:
+        kind = self.build.kind
+        if (self.model is None) != (kind == "negatives"):
+            raise ValueError(
+                f"build.kind: {kind} {'needs a model' if self.model is None else 'asks no model; drop it'}"
+            )
+        if kind == "claims" and self.model is not None and (self.model.per_prompt < 2 or not self.model.temperature):
+            raise ValueError(
+                "build.kind: claims compares answers of one model: set model.per_prompt to 2 or more, and "
+                "model.temperature above 0"
+            )
+        if kind in ("bdhs", "several") and self.model is not None and self.model.per_prompt > 1:
+            raise ValueError(f"build.kind: {kind} has one answer to a row; drop model.per_prompt")
+        return self
