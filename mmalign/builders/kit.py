@@ -37,7 +37,7 @@ class Kit:
         if asked.conversation is not None:
             raise ValueError("model.conversation is for questions; rows here are conversations: use the chat template")
         device, dtype = resolve_device(asked.device), resolve_dtype(asked.dtype)
-        model, processor = loading.load(find(asked.path), Mllm(attention=attention), dtype, device)  # type: ignore[arg-type]
+        model, processor = loading.load(find(asked.path), Mllm(attention=attention), dtype, device)
         if asked.lora is not None:
             from peft import PeftModel
 

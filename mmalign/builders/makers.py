@@ -101,7 +101,7 @@ class FromHabit:
         return difflib.SequenceMatcher(None, one.split(), other.split()).ratio()
 
     def rows(self, given: Sequence[AnswerRow], said: Sequence[Said]) -> list[AnswerRow]:
-        plain = {"chosen_spans": None, "rejected_spans": None, "label": None, "source": "bdhs"}
+        plain: dict[str, Any] = {"chosen_spans": None, "rejected_spans": None, "label": None, "source": "bdhs"}
         return [replace(row, rejected=each["rejected"], **plain) for row, each in zip(given, said, strict=True)]
 
 
@@ -209,9 +209,10 @@ class AmongSeveral:
             return {"why": "no words"}
         share = self._share(framed.text, prompt, answer, made)
         text = kit.encoder.chat.behind((), answer).strip()
-        said = {"share": share, "perplexity": self._perplexity(prompt, answer), "form": form, "count": count}
+        perplexity = self._perplexity(prompt, answer)
+        said = {"share": share, "perplexity": perplexity, "form": form, "count": count}
         why = multi_image.accepted(
-            text, row.chosen, share, said["perplexity"], form, count, longest=self.settings.longest,
+            text, row.chosen, share, perplexity, form, count, longest=self.settings.longest,
             least_perplexity=self.settings.least_perplexity, length_ratio=self.settings.length_ratio,
         )  # fmt: skip
         if why:
@@ -247,10 +248,9 @@ class AmongSeveral:
         everything = [place for each in places for place in each]
         target = places[made.target]
         if len(made.images) == 1:  # a region of the only image
-            drawn = coordinates(*made.images[0].shape[-2:])
-            kept = inside(
-                token_centres(*(kit.encoder.prompt(text, Media((each,))) for each in drawn), len(target)), made.box
-            )
+            height, width = made.images[0].shape[-2:]
+            one, black, white = (kit.encoder.prompt(text, Media((each,))) for each in coordinates(height, width))
+            kept = inside(token_centres(one, black, white, len(target)), made.box)
             target = [place for place, inner in zip(target, kept.tolist(), strict=True) if inner]
         return share_of(attention, target, everything)
 
