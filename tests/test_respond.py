@@ -156,7 +156,7 @@ def test_rows_that_cannot_be_asked_have_a_reason(tmp_path, folder, capsys):
     said = {name: row.aux.get("response_error") for name, row in rows.items()}
     for name, words in (
         ("absent", "no such file"), ("broken", "truncated or damaged"), ("control", "'<|image_pad|>'"),
-        ("empty", "the prompt is empty"), ("long", "this model reads 8192"), ("clip", "shows images"),
+        ("empty", "the prompt is empty"), ("long", "qwen2_vl model reads 8192"), ("clip", "shows images"),
     ):  # fmt: skip
         assert words in said[name] and rows[name].response is None
     assert said["good"] is None and rows["good"].response is not None

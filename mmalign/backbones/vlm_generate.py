@@ -155,8 +155,9 @@ class Writer:
 
     def _too_long(self, length: int, decoding: Decoding) -> ValueError:
         return ValueError(
-            f"The question with its images has {length} tokens and the answer may have {decoding.max_new_tokens}; this "
-            f"model reads {self._limit}. Shorten the prompt, use fewer or smaller images, or lower max_new_tokens."
+            f"The question with its images has {length} tokens, its answer up to {decoding.max_new_tokens}, and this "
+            f"{self._model.config.model_type} model reads {self._limit}; shorten the prompt, use fewer or smaller "
+            "images, or lower max_new_tokens."
         )
 
 
