@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,7 @@ class Encoder:
         self.max_length, self.policy = max_length, policy
         self.system, self.arguments = system, dict(arguments or {})
         self.min_block, self.both_sides = min_block, both_sides
+        self._alone = Lock()  # a fast tokenizer that two threads ask at once may refuse ("Already borrowed")
 
     def encode(
         self, row: AnswerRow, media: Media, negatives: tuple[Tensor, ...] | None = None, segments: bool = False
@@ -96,11 +98,12 @@ class Encoder:
             ValueError: the chat template or the processor cannot do it; the row's origin is named.
         """
         try:
-            framed = self.chat.frame(row.prompt, self.system)
-            texts = [text for text in (row.chosen, row.rejected) if text is not None]
-            answers = tuple(self.chat.answer(framed, text) for text in texts)
-            changed = self._changed(framed, row, answers) if segments else None
-            made = self._fitted(framed, answers, media, negatives)
+            with self._alone:
+                framed = self.chat.frame(row.prompt, self.system)
+                texts = [text for text in (row.chosen, row.rejected) if text is not None]
+                answers = tuple(self.chat.answer(framed, text) for text in texts)
+                changed = self._changed(framed, row, answers) if segments else None
+                made = self._fitted(framed, answers, media, negatives)
         except TooLong:
             raise
         except ValueError as error:
