@@ -88,7 +88,7 @@ def test_an_unknown_backend_is_named() -> None:
 
 
 def test_only_denoisers_are_compiled(sd3: Path, table: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"are for denoisers, not for task autoencoder; drop them"):
+    with pytest.raises(ValueError, match=r"is for denoisers, not for task autoencoder; drop it"):
         config(
             tmp_path, sd3, table, task="autoencoder", loss={"kind": "reconstruction"}, lora=None, optim__compile=True
         )

@@ -18,17 +18,25 @@ from mmalign.shapes import answers as shapes
 from mmalign.shapes.scene import render
 
 
-def rows(config: TrainConfig, items: Literal["pairs", "singles"]) -> tuple[list[AnswerRow], list[Dropped]]:
-    """Rows with what the objective needs, and what was left out with the reason for each."""
+def rows(config: TrainConfig, items: Literal["pairs", "singles"]) -> tuple[Sequence[AnswerRow], list[Dropped]]:
+    """Rows with what the objective needs, and what was left out with the reason for each.
+
+    Raises:
+        ValueError: the table cannot be read; or no row of the shapes world has what the objective needs.
+    """
     data, loss = config.data, config.loss
-    found, dropped = [], []
     if data.shapes is not None:
-        given: Sequence[AnswerRow] = [_drawn(data.shapes.seed, i, items) for i in range(data.shapes.scenes)]
-    else:
-        assert data.table is not None
-        table = read_answers(find(data.table), data.format, data.root, verify=data.verify)
-        given, dropped = table.rows, list(table.dropped)
-    for row in given[: data.limit]:
+        drawn = DrawnRows(data.shapes.seed, min(data.shapes.scenes, data.limit or data.shapes.scenes), items)
+        why = lacking(drawn[0], loss, items)
+        if why:
+            raise ValueError(
+                f"data.shapes: rows of the shapes world have {why}, which loss.terms need; give data.table"
+            )
+        return drawn, []
+    assert data.table is not None
+    table = read_answers(find(data.table), data.format, data.root, verify=data.verify)
+    found, dropped = [], list(table.dropped)
+    for row in table.rows[: data.limit]:
         why = lacking(row, loss, items)
         if why:
             dropped.append(Dropped(row.origin, why))
@@ -94,6 +102,29 @@ class Drawn:
     def image(self) -> np.ndarray:
         """uint8 RGB [64, 64, 3]."""
         return render(shapes.scene_at(self.seed, self.index))
+
+
+@dataclass(frozen=True)
+class DrawnRows(Sequence[AnswerRow]):
+    """Rows of the shapes world, each drawn when it is asked for: careless writers' answers, or pairs."""
+
+    seed: int
+    size: int
+    items: str
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.size))]
+        if not -self.size <= index < self.size:
+            raise IndexError(index)
+        return _drawn(self.seed, index % self.size, self.items)
+
+    def digest(self) -> str:
+        """SHA-256 of what decides the rows."""
+        return hashlib.sha256(f"shapes answers {self}".encode()).hexdigest()
 
 
 def _drawn(seed: int, index: int, items: str) -> AnswerRow:

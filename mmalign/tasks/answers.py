@@ -21,6 +21,7 @@ from mmalign.mllm.rows import AnswerRow
 from mmalign.preference_row import Dropped
 from mmalign.progress import track
 from mmalign.reward_models.clip import picture
+from mmalign.tasks.answer_sources import DrawnRows
 
 
 class Answers:
@@ -40,10 +41,10 @@ class Answers:
         self.config, self.encoder, self.processor = config, encoder, processor
         self.blind, self.segments = blind, segments
         self.cache = Cache(config.data.cache_dir) if config.data.cache == "disk" else None
-        self.rows, self.smaller = list(rows), 0
+        self.rows, self.smaller = rows, 0
         self.dropped: list[Dropped] = []
-        self._others = [image for row in rows for image in row.images]
-        self._fit()
+        if not isinstance(rows, DrawnRows):  # which are all of one size, and known to fit
+            self._fit()
 
     def _fit(self) -> None:
         """Looks at every row once, so that a run does not find after hours what does not fit, or cannot be read."""
@@ -115,11 +116,19 @@ class Answers:
         for place, image in enumerate(media.images):
             generator = noise.generator("negative", self.config.seed, content(row), place)
             if settings.kind == "other":
-                number = int(torch.randint(0, len(self._others), (), generator=generator))
-                made.append(fitted(picture(self._others[number]), image.shape[-2:]))
+                other = self._another(content(row), generator)
+                made.append(fitted(picture(other), image.shape[-2:]))
             else:
                 made.append(negative(image, settings, generator))
         return tuple(made)
+
+    def _another(self, own: str, generator: torch.Generator) -> Any:
+        """An image of a drawn other row; of the row itself where no other has one."""
+        for _ in range(100):
+            row = self.rows[int(torch.randint(0, len(self.rows), (), generator=generator))]
+            if row.images and (len(self.rows) == 1 or content(row) != own):
+                return row.images[0]
+        raise ValueError("mllm.negative.kind: other takes pictures of other rows, and hardly any row has one; use crop")
 
     def load(self, index: Sequence[int]) -> dict[str, Any]:
         """A batch: encodings, and what the rows say of themselves as tensors [B]; None where a row says nothing."""
@@ -134,6 +143,8 @@ class Answers:
 
     def digest(self) -> str:
         """SHA-256 of what a resumed run must have too: the rows."""
+        if isinstance(self.rows, DrawnRows):
+            return self.rows.digest()
         return hashlib.sha256("\n".join(content(row) for row in self.rows).encode()).hexdigest()
 
 
