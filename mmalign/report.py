@@ -261,8 +261,8 @@ def _card(
         "sample": x["sample"],
         "gain": gain,
         "change": y["score"] - x["score"],
-        "a": {"score": x["score"], "thumbnail": thumbnails.of(a, x)},
-        "b": {"score": y["score"], "thumbnail": thumbnails.of(b, y)},
+        "a": {"score": x["score"], "thumbnail": thumbnails.of(a, x), "response": x.get("response")},
+        "b": {"score": y["score"], "thumbnail": thumbnails.of(b, y), "response": y.get("response")},
     }
 
 

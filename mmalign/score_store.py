@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("group", pa.string()),
         ("seed", pa.int64()),
         ("model", pa.string()),
+        ("response", pa.string()),
         ("evaluator", pa.string()),
         ("subscore", pa.string()),
         ("score", pa.float64()),

@@ -200,6 +200,7 @@ def row_of(
         "group": row.group,
         "seed": row.seed,
         "model": row.model,
+        "response": row.response if "response" in job.cls.needs else None,
         "evaluator": job.label,
         "subscore": subscore,
         "score": score,
