@@ -62,7 +62,7 @@ def preference_row(seed: int, index: int, errors: int = 1, kinds: Collection[str
     """A true description against its twin with `errors` false claims (`twins.corrupt`).
 
     The columns of `training_row`, `rejected`, and `chosen_spans` and `rejected_spans`: (start, end) in characters of
-    the answers, of what differs. `meta`: the categories of the errors.
+    the answers, of what differs. `margin`: how many claims fewer are false. `meta`: the categories of the errors.
     """
     scene = scene_at(seed, index)
     rng = np.random.default_rng([seed, index, _PREFERENCE, 1])
@@ -75,5 +75,6 @@ def preference_row(seed: int, index: int, errors: int = 1, kinds: Collection[str
         "rejected": answer(twins.rejected),
         "chosen_spans": list(twins.chosen_spans),
         "rejected_spans": list(twins.rejected_spans),
+        "margin": float(len(twins.errors)),
         "meta": {"errors": list(twins.errors)},
     }

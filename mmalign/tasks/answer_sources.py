@@ -128,8 +128,9 @@ class DrawnRows(Sequence[AnswerRow]):
 
 
 def _drawn(seed: int, index: int, items: str) -> AnswerRow:
-    """A careless writer's answer to imitate, or a true description against its twin with an error."""
-    told = shapes.preference_row(seed, index) if items == "pairs" else shapes.training_row(seed, index)
+    """A careless writer's answer to imitate, or a true description against its twin with one to three errors."""
+    pairs = items == "pairs"
+    told = shapes.preference_row(seed, index, 1 + index % 3) if pairs else shapes.training_row(seed, index)
     asked = told["prompt"][0]["content"][-1]["text"]
     texts = {side: told[side][0]["content"][0]["text"] if side in told else None for side in ("chosen", "rejected")}
     spans: dict[str, Any] = {
@@ -138,5 +139,6 @@ def _drawn(seed: int, index: int, items: str) -> AnswerRow:
     image: Any = Drawn(seed, index)
     turn = Turn("user", (Part("image"), Part("text", asked)))
     return AnswerRow(
-        (turn,), texts["chosen"], texts["rejected"], images=(image,), source="shapes", origin=image.name, **spans
-    )
+        (turn,), texts["chosen"], texts["rejected"], images=(image,), margin=told.get("margin"), source="shapes",
+        origin=image.name, **spans,
+    )  # fmt: skip
