@@ -1,10 +1,12 @@
 """Scenes, a request to describe each, and yes/no questions about it, as a media table with its pictures.
 
-`mmalign respond` answers the table; `shapes_claims` judges the descriptions and `pope` the yes and no.
+`python -m mmalign.shapes.benchmark FOLDER` writes it, `mmalign respond` answers it; `shapes_claims` judges the
+descriptions and `pope` the yes and no.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -84,3 +86,17 @@ def _shape(value: Mapping[str, Any]) -> Shape:
     if shape.kind not in KINDS or shape.colour not in COLOURS or not np.isfinite(numbers).all():
         raise ValueError(f"aux.scene: {value!r:.80} is no shape of this world")
     return shape
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where table.jsonl and pictures/ are written")
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=7, help="of the scenes; not that of training rows (default: 7)")
+    given = parser.parse_args()
+    print(write(given.folder, given.scenes, given.seed))
+
+
+if __name__ == "__main__":
+    main()

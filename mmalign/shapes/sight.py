@@ -1,7 +1,7 @@
 """Teaches the vision tower of `shapes-vlm` to see before its words are learned, as LLaVA's comes from CLIP.
 
-Each image token learns to tell which shape has its centre in its patch. `python -m mmalign.shapes.sight FOLDER` writes a
-whole model whose tower sees and whose language model is untrained.
+Each image token learns to tell which shape has its centre in its patch. `python -m mmalign.shapes.sight FOLDER` writes
+a whole model whose tower sees and whose language model is untrained.
 """
 
 from __future__ import annotations
