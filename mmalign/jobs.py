@@ -73,9 +73,11 @@ class Checkpoint(Strict):
 
 
 class Validation(Strict):
-    """Pictures during training, with the adapter on and off."""
+    """During training: pictures with the adapter on and off, or how the objective stands on rows held out."""
 
     prompts: tuple[str, ...] = ()
+    table: Path | None = Field(None, description="task mllm: rows that are not trained on, in data.format")
+    rows: PositiveInt = Field(200, description="task mllm: use only the table's first rows")
     every: PositiveInt = 500
     steps: PositiveInt = 20
     guidance_scale: float = 5.0
@@ -145,6 +147,8 @@ class TrainConfig(Strict):
             check_mllm(self)
         elif self.mllm != Mllm():
             raise ValueError(f"mllm is for task mllm; drop it from task {self.task}")
+        elif self.validation.table is not None:
+            raise ValueError(f"validation.table is of answers, for task mllm; drop it from task {self.task}")
         return self
 
     def _fitted(self) -> None:

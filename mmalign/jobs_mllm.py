@@ -76,6 +76,8 @@ def check(config: Any) -> None:
         (bool(model), f"model.{model[0] if model else ''} is for generators; drop it from task mllm"),
         (bool(blocks), f"{blocks[0] if blocks else ''} is for generators; drop it from task mllm"),
         (config.model.from_scratch not in ((), ("model",)), "model.from_scratch of task mllm is [model], or nothing"),
+        (bool(config.validation.prompts), "validation.prompts are drawn, which task mllm does not; give rows that are "
+         "held out as validation.table"),
         (quantised and lora is None, f"mllm.quantise: {config.mllm.quantise} is for weights under a lora; give one"),
         (lora is not None and lora.init is not None, "lora.init is for denoisers; to go on with a tuned model, merge "
          "its adapter, and give the folder as model.path"),

@@ -46,6 +46,10 @@ class Answers:
         if not isinstance(rows, DrawnRows):  # which are all of one size, and known to fit
             self._fit()
 
+    def of_rows(self, rows: Sequence[AnswerRow]) -> Answers:
+        """Other rows, read as these are."""
+        return Answers(rows, self.config, self.encoder, self.processor, blind=self.blind, segments=self.segments)
+
     def _fit(self) -> None:
         """Looks at every row once, so that a run does not find after hours what does not fit, or cannot be read."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

@@ -30,7 +30,7 @@ from mmalign.mllm.readout import Head, guided_log_probs, kl, log_probs
 from mmalign.paths import find
 from mmalign.progress import track
 from mmalign.tables import summary
-from mmalign.tasks import answer_sources, finish
+from mmalign.tasks import answer_sources, answer_validation, finish
 from mmalign.tasks.answer_state import State, function
 from mmalign.tasks.answers import Answers
 from mmalign.tasks.state import rebuilt
@@ -76,6 +76,7 @@ class MLLMTask:
             blind=bool({"blind", "guided"} & needs), segments="changed" in needs,
         )  # fmt: skip
         self.size = len(self.answers.rows)
+        self.held_out = answer_validation.held_out(config, self.answers)
         if not self.size:
             raise ValueError(f"no row is left to train on: {summary(0, [*dropped, *self.answers.dropped])}")
         self.shared = self._shares(module)
@@ -150,8 +151,9 @@ class MLLMTask:
     def load(self, positions: list[tuple[int, int]]) -> Batch:
         return self.answers.load([item for item, _ in positions])
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        objective, pairs = self.objective, self.measure(batch)
+    def loss(self, batch: Batch, alone: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """`alone`: no other process takes part."""
+        objective, pairs = self.objective, self.measure(batch, alone)
         scores = function(objective.tokens)(pairs, **objective.tokens.own())
         beta = self._beta(pairs, scores)
         metrics = losses.metrics(scores, beta)
@@ -187,7 +189,7 @@ class MLLMTask:
 
     # ---------------------------------------------------------------------------------------------------- measuring
 
-    def measure(self, batch: Batch) -> losses.Pairs:
+    def measure(self, batch: Batch, alone: bool = False) -> losses.Pairs:
         """Log-probabilities of every token of the batch's answers, under policy and reference."""
         needs, encoded = self.objective.needs, batch["encoded"]
         asks = _asks(encoded)
@@ -211,10 +213,10 @@ class MLLMTask:
                 )  # fmt: skip
                 found["policy"] = torch.cat([guided, found["policy"][count:]])
         pairs = self._sides(batch, _parted(found, count))
-        return replace(pairs, drift=self._drift(encoded, seen)) if "drift" in needs else pairs
+        return replace(pairs, drift=self._drift(encoded, seen, alone)) if "drift" in needs else pairs
 
     @torch.no_grad()
-    def _drift(self, encoded: Sequence[Encoded], seen: dict[int, Any]) -> Tensor:
+    def _drift(self, encoded: Sequence[Encoded], seen: dict[int, Any], alone: bool) -> Tensor:
         """KTO's z_0: how far the policy is from the reference on the batch's answers to other rows' prompts, in nats
         per answer and not below 0; 0 where there is no other row."""
         size = len(encoded)
@@ -227,7 +229,7 @@ class MLLMTask:
             policy = log_probs(self.policy.head, self.policy.passes.hidden(asks, seen), ids)
             known = self._reference(asks, seen if self.alike else None, wanted=False).log_probs
             totals = torch.stack([(policy - known).sum(), torch.tensor(float(size), device=self.device)])
-        total, count = across_processes(totals)
+        total, count = totals if alone else across_processes(totals)
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def _sides(self, batch: Batch, flat: dict[str, Tensor]) -> losses.Pairs:
@@ -313,9 +315,10 @@ class MLLMTask:
 
     def _measure_all(self) -> None:
         """Every row's reference log-probabilities, before the run; the next run with these rows finds them."""
-        for index in track(range(self.size), "reference log-probabilities", self.size):
-            for ask in _asks(self.answers.load([index])["encoded"]):
-                self._remembered(ask)
+        for rows in filter(None, (self.answers, self.held_out)):
+            for index in track(range(len(rows.rows)), "reference log-probabilities", len(rows.rows)):
+                for ask in _asks(rows.load([index])["encoded"]):
+                    self._remembered(ask)
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -332,7 +335,12 @@ class MLLMTask:
         self.policy.module = rebuilt(plain, shared, state)
 
     def validate(self, folder: Path, step: int) -> None:
-        """There is nothing to draw: rewards and accuracy are in the log."""
+        """The held-out rows' loss and accuracy, as a line of `folder/metrics.jsonl`."""
+        if self.held_out is not None:
+            half = self.config.precision
+            with torch.autocast(self.device.type, finish.PRECISIONS[half], enabled=half != "fp32"):
+                found = answer_validation.measured(self, self.held_out, self.config.optim.batch_size)
+            answer_validation.write(found, len(self.held_out.rows), folder, step)
 
     def export(self, folder: Path) -> None:
         exporting.export(
