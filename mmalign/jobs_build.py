@@ -8,26 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from mmalign.config import Strict
-from mmalign.jobs_align import Probability
-from mmalign.jobs_mllm import Negative
+from mmalign.jobs_mllm import BDHS, Negative
 from mmalign.jobs_respond import Responding
 
 Ratio = Annotated[float, Field(ge=1)]
-
-
-class BDHS(Strict):
-    """Rejected answers from a model that hardly sees, to good answers that are there (2407.02477)."""
-
-    kind: Literal["bdhs"] = "bdhs"
-    hidden: Probability = Field(0.99, description="share of image tokens that the attention mask hides")
-    tries: PositiveInt = Field(5, description="masks and places until an answer is different enough")
-    similarity: Probability = Field(0.97, description="above it an answer says the same")
-    encoder: Path | None = Field(
-        None,
-        description="folder of a sentence encoder for similarity, such as all-mpnet-base-v2 (mean of its last states); "
-        "null: the share of words in common",
-    )
-    flip: Probability = Field(0.5, description="probability that a leading yes or no is turned round")
 
 
 class Claims(Strict):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from mmalign.config import Strict
+from mmalign.jobs_align import Probability
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -30,6 +31,31 @@ class Negative(Strict):
         if self.low > self.high:
             raise ValueError(f"mllm.negative.low ({self.low}) is above high ({self.high})")
         return self
+
+
+class BDHS(Strict):
+    """Rejected answers from a model that hardly sees, to good answers that are there (2407.02477)."""
+
+    kind: Literal["bdhs"] = "bdhs"
+    hidden: Probability = Field(0.99, description="share of image tokens that the attention mask hides")
+    tries: PositiveInt = Field(5, description="masks and places until an answer is different enough")
+    similarity: Probability = Field(0.97, description="above it an answer says the same")
+    encoder: Path | None = Field(
+        None,
+        description="folder of a sentence encoder for similarity, such as all-mpnet-base-v2 (mean of its last states); "
+        "null: the share of words in common",
+    )
+    flip: Probability = Field(0.5, description="probability that a leading yes or no is turned round")
+
+
+class Online(BDHS):
+    """Rejected answers that the policy writes anew, at each step, from what it has learned so far (BDHS's online form).
+
+    A row with a rejected answer of its own is then two pairs, whose losses are averaged.
+    """
+
+    max_new_tokens: PositiveInt = Field(64, description="of each end of a sentence")
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
 
 
 class Mllm(Strict):
@@ -60,6 +86,7 @@ class Mllm(Strict):
     )
     frames: PositiveInt = Field(8, description="of each clip, evenly spaced")
     negative: Negative = Negative()
+    online: Online | None = Field(None, description="rejected answers written during training; null: those of the rows")
 
 
 def check(config: Any) -> None:
@@ -88,6 +115,14 @@ def check(config: Any) -> None:
         (loss.reference_free and cached, "loss.terms have no reference; drop reference.kind: cached"),
         (cached and bool({"kl", "guided"} & set(loss.needs)), "reference.kind: cached keeps one number for each token, "
          "and this objective reads the reference's whole distribution; use auto"),
+        (config.mllm.online is not None and cached, "mllm.online writes other answers at each step, and "
+         "reference.kind: cached keeps those of rows; use auto"),
+        (config.mllm.online is not None and shared, "mllm.online writes answers of other lengths on every process, and "
+         "sharding: fsdp2 has all work together; drop one"),
+        (config.mllm.online is not None and bool({"margin", "safer"} & set(loss.needs)), "mllm.online writes answers "
+         "that the rows' margins and judgements of safety say nothing of; drop it, or what reads them"),
+        (config.mllm.online is not None and loss.items == "singles", "mllm.online writes rejected answers, and these "
+         "terms take single ones; drop it, or use pairs"),
         (shared and cached and lora is None, "sharding: fsdp2 and a cached reference without a lora do not go "
          "together: every process would measure all rows; use reference.kind: frozen"),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmalign.builders import bdhs, claims, multi_image
-from mmalign.jobs_build import BDHS
+from mmalign.jobs_mllm import BDHS
 
 
 def _generator(seed: int = 0) -> torch.Generator:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmalign.jobs_build import BDHS
+from mmalign.jobs_mllm import BDHS
 
 Write = Callable[[str, frozenset[int], bool], str]
 """(words so far, hidden places, whether to stop at a full stop) -> what the model writes behind them."""

@@ -5,7 +5,6 @@ The first is what takes time: it is kept row by row, so that a run goes on where
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,12 @@ from torch import Tensor
 from mmalign import noise
 from mmalign.backbones.vlm import VisionLanguageModel, load_vlm
 from mmalign.backbones.vlm_generate import Asked, Decoding
-from mmalign.builders import bdhs, claims, multi_image
+from mmalign.builders import claims, multi_image
+from mmalign.builders.habit import anew, likeness
 from mmalign.builders.kit import Kit
-from mmalign.builders.similarity import SentenceEncoder
 from mmalign.devices import resolve_device, resolve_dtype
-from mmalign.jobs_build import BDHS, BuildConfig, Claims, Negatives, Several
+from mmalign.jobs_build import BuildConfig, Claims, Negatives, Several
+from mmalign.jobs_mllm import BDHS
 from mmalign.media import write_image
 from mmalign.mllm.attention import attention_to_prompt, coordinates, image_places, inside, share_of, token_centres
 from mmalign.mllm.encode import Media
@@ -64,41 +64,24 @@ class FromHabit:
     def __init__(self, config: BuildConfig, settings: BDHS):
         assert config.model is not None
         self.config, self.settings, self.kit = config, settings, Kit.load(config.model)
-        device = resolve_device(config.model.device)
-        self.encoder = SentenceEncoder(settings.encoder, device) if settings.encoder else None
+        self.similar = likeness(settings.encoder, resolve_device(config.model.device))
 
     def say(self, number: int, row: AnswerRow) -> dict[str, Any]:
         if row.chosen is None or not row.images:
             return {"why": "no answer" if row.chosen is None else "no image"}
-        kit, chat = self.kit, self.kit.encoder.chat
+        kit = self.kit
         framed = kit.framed(row.prompt)
         prompt = kit.prompt(framed, Media(tuple(picture(image) for image in row.images)))
-        opened: dict[frozenset[int], Any] = {}
-
-        def write(words: str, hidden: frozenset[int], stop: bool) -> str:
-            if hidden not in opened:
-                opened.clear()  # one mask at a time: each has a cache of its own
-                opened[hidden] = kit.decoder.open(prompt, hidden)
-            begun = chat.begun(framed, words)
-            more = kit.decoder.write(
-                opened[hidden], begun, chat.ends, max_new_tokens=kit.asked.max_new_tokens,
-                stop=lambda ids: stop and chat.behind(begun, ids).rstrip().endswith((".", "!", "?")),
-                temperature=kit.asked.temperature, generator=generator,
-            )  # fmt: skip
-            return chat.behind(begun, more)
-
         generator = noise.generator("bdhs", self.config.seed, row.chosen, *(image.hash() for image in row.images))
-        built = bdhs.rejected(row.chosen, kit.image_tokens(prompt), write, self._similar, self.settings, generator)
+        built = anew(
+            row.chosen, framed, prompt, kit.image_tokens(prompt), kit.encoder.chat, kit.decoder, self.similar,
+            self.settings, generator, max_new_tokens=kit.asked.max_new_tokens, temperature=kit.asked.temperature,
+        )  # fmt: skip
         if not built.text or built.text == row.chosen.strip():
             return {"why": "the same answer" if built.text else "no words"}
         return {
             "rejected": built.text, "tries": built.tries, "similarity": built.similarity, "unguided": built.unguided
         }  # fmt: skip
-
-    def _similar(self, one: str, other: str) -> float:
-        if self.encoder is not None:
-            return self.encoder.similarity(one, other)
-        return difflib.SequenceMatcher(None, one.split(), other.split()).ratio()
 
     def rows(self, given: Sequence[AnswerRow], said: Sequence[Said]) -> list[AnswerRow]:
         plain: dict[str, Any] = {"chosen_spans": None, "rejected_spans": None, "label": None, "source": "bdhs"}

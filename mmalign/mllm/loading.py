@@ -218,3 +218,16 @@ def adapters_off(model: Any) -> Iterator[None]:
         model.enable_adapters()
         for module, training in states:
             module.training = training
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; every part's mode is as it was afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

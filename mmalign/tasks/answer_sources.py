@@ -37,7 +37,7 @@ def rows(config: TrainConfig, items: Literal["pairs", "singles"]) -> tuple[Seque
     table = read_answers(find(data.table), data.format, data.root, verify=data.verify)
     found, dropped = [], list(table.dropped)
     for row in table.rows[: data.limit]:
-        why = lacking(row, loss, items)
+        why = lacking(row, loss, items, config.mllm.online is not None)
         if why:
             dropped.append(Dropped(row.origin, why))
         else:
@@ -45,12 +45,18 @@ def rows(config: TrainConfig, items: Literal["pairs", "singles"]) -> tuple[Seque
     return _of_one_kind(found, loss, items), dropped
 
 
-def lacking(row: AnswerRow, loss: Any, items: str) -> str:
-    """What an objective needs and the row does not have; nothing if it can be trained on."""
+def lacking(row: AnswerRow, loss: Any, items: str, online: bool = False) -> str:
+    """What an objective needs and the row does not have; nothing if it can be trained on.
+
+    Args:
+        online: whether rejected answers are written during training, which takes an image.
+    """
     needs, kinds = loss.needs, {term.kind for term in loss.terms}
     if row.chosen is None:
         return "no answer"
-    if items == "pairs" and row.rejected is None:
+    if online and not row.images:
+        return "no image"
+    if items == "pairs" and row.rejected is None and not online:
         return "no rejected answer"
     if "kto" in kinds and items == "singles" and row.kind not in ("unpaired", "pair"):
         return "no label"

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from mmalign.jobs import TrainConfig
+from mmalign.mllm.loading import evaluating
 from mmalign.preference_row import Dropped
 from mmalign.tables import summary
 from mmalign.tasks import answer_sources
@@ -31,7 +27,8 @@ def held_out(config: TrainConfig, like: Answers) -> Answers | None:
     if wanted.table is None:
         return None
     data = config.data.model_copy(update={"table": wanted.table, "shapes": None, "limit": wanted.rows, "root": None})
-    own = config.model_copy(update={"data": data})
+    offline = config.mllm.model_copy(update={"online": None})
+    own = config.model_copy(update={"data": data, "mllm": offline})
     assert own.loss.task == "mllm"
     rows, dropped = answer_sources.rows(own, own.loss.items)  # type: ignore[union-attr]
     made = like.of_rows(rows)
@@ -43,11 +40,10 @@ def held_out(config: TrainConfig, like: Answers) -> Answers | None:
     return made
 
 
-@torch.no_grad()
 def measured(task: Any, rows: Answers, batch_size: int) -> dict[str, float]:
     """Means over the rows of the loss and of what the objective logs, without dropout."""
     totals: dict[str, float] = {}
-    with _evaluating(task.modules):
+    with evaluating(task.modules):
         for start in range(0, len(rows.rows), batch_size):
             index = range(start, min(start + batch_size, len(rows.rows)))
             loss, metrics = task.loss(rows.load(list(index)), alone=True)
@@ -63,14 +59,3 @@ def write(found: dict[str, float], rows: int, folder: Path, step: int) -> None:
         file.write(json.dumps({"step": step, "rows": rows, **found}) + "\n")
     told = "  ".join(f"{name} {found[name]:.4g}" for name in SHOWN if name in found)
     print(f"held out, step {step}: {told}", file=sys.stderr)
-
-
-@contextmanager
-def _evaluating(modules: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in modules.modules()}
-    modules.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -97,7 +97,8 @@ class Answers:
         """One row's tensors; the same whenever it is asked for."""
         media = self.media(row)
         negatives = self._negatives(row, media) if self.blind else None
-        return self.encoder.encode(row, media, negatives, self.segments)
+        differing = self.segments and row.rejected is not None  # one answer alone differs from nothing yet
+        return self.encoder.encode(row, media, negatives, differing)
 
     def media(self, row: AnswerRow) -> Media:
         """What the row shows, decoded."""

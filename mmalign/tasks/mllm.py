@@ -31,6 +31,7 @@ from mmalign.paths import find
 from mmalign.progress import track
 from mmalign.tables import summary
 from mmalign.tasks import answer_sources, answer_validation, finish
+from mmalign.tasks.answer_online import OnlineAnswers
 from mmalign.tasks.answer_state import State, function
 from mmalign.tasks.answers import Answers
 from mmalign.tasks.state import rebuilt
@@ -87,6 +88,8 @@ class MLLMTask:
         self.policy = self._model(module)
         self.other = self._other(device)
         self.state = State(self.objective.terms)
+        wanted = config.mllm.online
+        self.online = OnlineAnswers(wanted, self.answers, module, self.policy.head, config.seed) if wanted else None
         self.modules = nn.ModuleDict({"model": module, "state": self.state})
         self.cache = Cache(config.data.cache_dir) if config.reference.kind == "cached" else None
         self.reference_key = self._reference_identity() if self.cache else ""
@@ -152,7 +155,9 @@ class MLLMTask:
         return self.answers.load([item for item, _ in positions])
 
     def loss(self, batch: Batch, alone: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """`alone`: no other process takes part."""
+        """`alone`: no other process takes part, and rows are as they are."""
+        if self.online is not None and not alone:
+            batch = self.online.renewed(batch)
         objective, pairs = self.objective, self.measure(batch, alone)
         scores = function(objective.tokens)(pairs, **objective.tokens.own())
         beta = self._beta(pairs, scores)
@@ -175,6 +180,11 @@ class MLLMTask:
             return losses.batch_beta(beta, scores.difference, scale=wanted.scale)
         assert pairs.margin is not None
         return losses.margin_beta(beta, pairs.margin, scale=wanted.scale, rate=wanted.rate)
+
+    def begin(self, step: int) -> None:
+        """Called before each optimiser step."""
+        if self.online is not None:
+            self.online.step = step
 
     @property
     def tracks(self) -> tuple[str, ...]:
