@@ -86,6 +86,9 @@ class Mllm(Strict):
     )
     frames: PositiveInt = Field(8, description="of each clip, evenly spaced")
     negative: Negative = Negative()
+    guide: Path | None = Field(
+        None, description="for loss.tokens: guided: a model that was aligned before, or the folder of its LoRA"
+    )
     online: Online | None = Field(None, description="rejected answers written during training; null: those of the rows")
 
 
@@ -113,8 +116,12 @@ def check(config: Any) -> None:
         (config.reference.lora is not None, "reference.lora is for denoisers; merge it, and give reference.model"),
         (config.reference.draws is not None, "reference.draws are of noise, which answers have none of; drop it"),
         (loss.reference_free and cached, "loss.terms have no reference; drop reference.kind: cached"),
-        (cached and bool({"kl", "guided"} & set(loss.needs)), "reference.kind: cached keeps one number for each token, "
-         "and this objective reads the reference's whole distribution; use auto"),
+        (("guide" in loss.needs) != (config.mllm.guide is not None), "loss.tokens: guided takes token rewards from "
+         "mllm.guide, a model or LoRA that was aligned before: give both, or neither"),
+        ("mask" in loss.needs and shared, "sharding: fsdp2 shares the policy, and the masks of loss.tokens: sparse are "
+         "a model of their own; drop one"),
+        (cached and bool({"kl", "guided", "mask"} & set(loss.needs)), "reference.kind: cached keeps one number for "
+         "each token, and this objective reads the reference's whole distribution; use auto"),
         (config.mllm.online is not None and cached, "mllm.online writes other answers at each step, and "
          "reference.kind: cached keeps those of rows; use auto"),
         (config.mllm.online is not None and shared, "mllm.online writes answers of other lengths on every process, and "

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from mmalign import train
 from mmalign.config import ConfigError
 from mmalign.media import write_image
-from mmalign.methods_mllm import TERMS
+from mmalign.methods_mllm_terms import TERMS
 from mmalign.mllm import loading
 from mmalign.tasks.mllm import MLLMTask
 

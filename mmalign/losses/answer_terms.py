@@ -242,6 +242,32 @@ def chip(scores: Scores, *, beta: Beta, token_beta: float = 0.1) -> Tensor:
     return -F.logsigmoid(beta * (scores.difference + chosen.ratio - chosen.blind_ratio - token_beta * tokens))
 
 
+# ------------------------------------------------------------------------------------------------------------- tokens
+def tdpo(scores: Scores, *, beta: Beta, alpha: float = 0.5, both: bool = False) -> Tensor:
+    """TDPO (Zeng et al. 2404.11999): -s(beta [h - alpha (KL_l - stop(KL_w))]), KL the sum over tokens as in CHiP.
+
+    Args:
+        both: without the stop; with alpha 1 that is TDPO1, and with masks SparsePO's loss (2410.05102).
+    """
+    chosen, rejected = scores.chosen.kl, scores.rejected.kl
+    assert chosen is not None
+    assert rejected is not None
+    tokens = rejected - (chosen if both else chosen.detach())
+    return -F.logsigmoid(beta * (scores.difference - alpha * tokens))
+
+
+def t_reg(scores: Scores, *, beta: Beta) -> Tensor:
+    """T-REG's regulariser (Zhou et al. 2412.02685): -s'(h) beta sum over both answers' tokens of r_t log pi(y_t).
+
+    s'(h) = sigmoid(-beta h), without gradients, is the weight that DPO's own gradient has. r_t = sigmoid(log p(y_t |
+    better) - log p(y_t | worse)) - 1/2 of the reference, asked for a better and for a worse answer.
+    """
+    chosen, rejected = scores.chosen.rewarded, scores.rejected.rewarded
+    assert chosen is not None
+    assert rejected is not None
+    return -torch.sigmoid(-beta * scores.difference).detach() * beta * (chosen + rejected)
+
+
 # ------------------------------------------------------------------------------------------------------------- safety
 def safe_dpo(scores: Scores, *, beta: Beta, multiplier: Tensor | float = 1.0) -> Tensor:
     """Helpful and safe labels with a Lagrange multiplier: [-s(beta h) + lambda -s(beta h')] / (1 + lambda).

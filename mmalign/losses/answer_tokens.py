@@ -61,6 +61,23 @@ def ld(pairs: Pairs, *, alpha: float = 0.5) -> Scores:
     return _scores(pairs, weights)
 
 
+def guided(pairs: Pairs, *, alpha: float = 0.5) -> Scores:
+    """TGDPO (Zhu et al. 2506.14574, its code): weights 1 + alpha r of chosen and 1 - alpha r of rejected tokens, with
+    r = beta log pi_guide / pi_ref of each token under a model that was aligned before; alpha 0 is DPO."""
+
+    def weights(side: Side, other: Side | None) -> Tensor:
+        sign = 1.0 if side is pairs.chosen else -1.0
+        return side.mask * (1 + sign * alpha * _given(side.rewards).float())
+
+    return _scores(pairs, weights)
+
+
+def sparse(pairs: Pairs) -> Scores:
+    """SparsePO (Christopoulou et al. 2410.05102, its code): log-ratios and KLs of tokens count m_t and k_t, from masks
+    of the reference's hidden states."""
+    return _scores(pairs, lambda side, other: side.mask * _given(side.sparse).float())
+
+
 def _scores(pairs: Pairs, weights: Weights) -> Scores:
     chosen = _score(pairs.chosen, pairs.rejected, weights)
     other = None if pairs.rejected is None else _score(pairs.rejected, pairs.chosen, weights)
@@ -74,10 +91,12 @@ def _score(side: Side, other: Side | None, weights: Weights) -> Score:
     tokens = {"policy": side.policy, "reference": side.reference, "blind": side.blind}
     tokens |= {"blind_reference": side.blind_reference}
     summed = {name: None if value is None else (value.float() * weight).sum(1) for name, value in tokens.items()}
-    kl = None if side.kl is None else (side.kl.float() * side.mask).sum(1)
+    counted = side.mask if side.sparse_kl is None else side.mask * side.sparse_kl.float()
+    kl = None if side.kl is None else (side.kl.float() * counted).sum(1)
+    rewarded = None if side.rewards is None else (side.policy.float() * side.rewards.float() * side.mask).sum(1)
     policy = summed.pop("policy")
     assert policy is not None
-    return Score(policy=policy, length=side.length, kl=kl, **summed)
+    return Score(policy=policy, length=side.length, kl=kl, rewarded=rewarded, **summed)
 
 
 def _given(value: Tensor | None) -> Tensor:

@@ -26,6 +26,8 @@ class Side:
         changed: [B, T] bool: tokens of corrected segments (RLHF-V).
         blind, blind_reference: [B, T] the same tokens under the negative image.
         kl: [B, T] KL(reference || policy) over the vocabulary at each token.
+        rewards: [B, T] what each token is worth, without gradients (TGDPO, T-REG).
+        sparse, sparse_kl: [B, T] how much each token's log-ratio and KL count (SparsePO).
     """
 
     policy: Tensor
@@ -35,6 +37,9 @@ class Side:
     blind: Tensor | None = None
     blind_reference: Tensor | None = None
     kl: Tensor | None = None
+    rewards: Tensor | None = None
+    sparse: Tensor | None = None
+    sparse_kl: Tensor | None = None
 
     @property
     def length(self) -> Tensor:
@@ -65,7 +70,10 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Score:
-    """One number for one answer of each row, [B] each: log-probabilities as the token transform sums them up."""
+    """One number for one answer of each row, [B] each: log-probabilities as the token transform sums them up.
+
+    `rewarded`: sum over tokens of reward times log p under the policy, where tokens have rewards.
+    """
 
     policy: Tensor
     reference: Tensor | None
@@ -73,6 +81,7 @@ class Score:
     blind: Tensor | None = None
     blind_reference: Tensor | None = None
     kl: Tensor | None = None
+    rewarded: Tensor | None = None
 
     @property
     def ratio(self) -> Tensor:

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import InterpolationMode, resize
 from mmalign.losses.answer_tokens import changed_tokens
 from mmalign.mllm.chat import Chat, Framed
 from mmalign.mllm.passes import TEXT_INPUTS, Prompt
-from mmalign.mllm.rows import AnswerRow
+from mmalign.mllm.rows import AnswerRow, Part, Turn
 
 Policy = Literal["resize", "drop", "error"]
 _TRIES = 12
@@ -42,6 +42,7 @@ class Encoded:
     Attributes:
         answers: token ids with the end of turn: chosen and rejected, or the one that there is.
         negative: the same prompt with the negative images, where an objective asks for it.
+        contrast: the same prompt with a request for a better and for a worse answer, where an objective asks for it.
         changed: for each answer, which of its tokens belong to corrected segments, where an objective asks for it.
         scale: by how much the images were made smaller for the row to fit; 1 is not at all.
     """
@@ -51,11 +52,13 @@ class Encoded:
     negative: Prompt | None = None
     changed: tuple[tuple[bool, ...], ...] | None = None
     scale: float = 1.0
+    contrast: tuple[Prompt, Prompt] | None = None
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the longest answer."""
-        return max(len(p.ids) for p in (self.prompt, self.negative) if p) + max(map(len, self.answers))
+        """Tokens of the longest prompt and the longest answer."""
+        prompts = (self.prompt, self.negative, *(self.contrast or ()))
+        return max(len(p.ids) for p in prompts if p) + max(map(len, self.answers))
 
 
 class TooLong(ValueError):
@@ -70,17 +73,18 @@ class Encoder:
         arguments: of the processor, such as ``do_image_splitting``; they are part of what a cache's keys hold.
         max_length: of prompt and longest answer together, in tokens; None is what the model reads.
         policy: for rows beyond it.
+        contrast: requests for a better and a worse answer, for objectives that compare what they change.
     """
 
     def __init__(
         self, processor: Any, chat: Chat, media_ids: frozenset[int], *, max_length: int | None = None,
         policy: Policy = "error", system: str | None = None, arguments: dict[str, Any] | None = None,
-        min_block: int = 3, both_sides: bool = False,
+        min_block: int = 3, both_sides: bool = False, contrast: tuple[str, str] | None = None,
     ):  # fmt: skip
         self.processor, self.chat, self.media_ids = processor, chat, media_ids
         self.max_length, self.policy = max_length, policy
         self.system, self.arguments = system, dict(arguments or {})
-        self.min_block, self.both_sides = min_block, both_sides
+        self.min_block, self.both_sides, self.contrast = min_block, both_sides, contrast
         self._alone = Lock()  # a fast tokenizer that two threads ask at once may refuse ("Already borrowed")
 
     def encode(
@@ -103,7 +107,8 @@ class Encoder:
                 texts = [text for text in (row.chosen, row.rejected) if text is not None]
                 answers = tuple(self.chat.answer(framed, text) for text in texts)
                 changed = self._changed(framed, row, answers) if segments else None
-                made = self._fitted(framed, answers, media, negatives)
+                asked = [self.chat.frame(_asking(row.prompt, text), self.system) for text in self.contrast or ()]
+                made = self._fitted(framed, answers, media, negatives, [each.text for each in asked])
         except TooLong:
             raise
         except ValueError as error:
@@ -111,16 +116,18 @@ class Encoder:
         return replace(made, changed=changed)
 
     def _fitted(
-        self, framed: Framed, answers: tuple[tuple[int, ...], ...], media: Media, negatives: tuple[Tensor, ...] | None
-    ) -> Encoded:
-        """The row at the largest size of its images at which it fits."""
+        self, framed: Framed, answers: tuple[tuple[int, ...], ...], media: Media,
+        negatives: tuple[Tensor, ...] | None, asked: Sequence[str],
+    ) -> Encoded:  # fmt: skip
+        """The row at the largest size of its images at which it fits; `asked`: the texts of contrasting prompts."""
         scale = 1.0
         for _ in range(_TRIES):
             prompt = self.prompt(framed.text, _scaled(media, scale))
             other = None
             if negatives is not None:
                 other = self.prompt(framed.text, _scaled(replace(media, images=negatives), scale))
-            made = Encoded(prompt, answers, other, None, scale)
+            contrast = [self.prompt(text, _scaled(media, scale)) for text in asked]
+            made = Encoded(prompt, answers, other, None, scale, (contrast[0], contrast[1]) if contrast else None)
             if self.max_length is None or made.length <= self.max_length:
                 return made
             told = f"{made.length} tokens, and mllm.max_length is {self.max_length}"
@@ -185,6 +192,13 @@ class Encoder:
         if len(answers) != 2:
             raise ValueError("segments are what differs between two answers, and this row has one")
         return changed_tokens(*answers, min_block=self.min_block, both_sides=self.both_sides)
+
+
+def _asking(turns: Sequence[Turn], request: str) -> tuple[Turn, ...]:
+    """The conversation with a request behind what was asked last."""
+    last = max(place for place, turn in enumerate(turns) if turn.role == "user")
+    asked = replace(turns[last], parts=(*turns[last].parts, Part("text", f"\n{request}")))
+    return (*turns[:last], asked, *turns[last + 1 :])
 
 
 def _touches(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:

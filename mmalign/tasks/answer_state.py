@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmalign.losses.answer_terms import multiplier_step
 from mmalign.losses.answers import Scores
-from mmalign.methods_mllm import BCOPair, Part, SafeDPO, Term
+from mmalign.methods_mllm_terms import BCOPair, Part, SafeDPO, Term
 
 _DECAY = 0.99
 

@@ -20,21 +20,24 @@ from mmalign.cache import Cache
 from mmalign.jobs import TrainConfig
 from mmalign.losses import answers as losses
 from mmalign.losses.errors import across_processes
-from mmalign.methods_mllm import MLLM
+from mmalign.methods_mllm import MLLM, Sparse
+from mmalign.methods_mllm_terms import TReg
 from mmalign.mllm import export as exporting
 from mmalign.mllm import loading
 from mmalign.mllm.chat import Chat
 from mmalign.mllm.encode import Encoded, Encoder
-from mmalign.mllm.passes import Branching, Passes, Prompt, shares
+from mmalign.mllm.passes import Branching, Passes, shares
 from mmalign.mllm.readout import Head, guided_log_probs, kl, log_probs
 from mmalign.paths import find
 from mmalign.progress import track
 from mmalign.tables import summary
-from mmalign.tasks import answer_sources, answer_validation, finish
+from mmalign.tasks import answer_flat, answer_sources, answer_validation, finish
 from mmalign.tasks.answer_online import OnlineAnswers
 from mmalign.tasks.answer_state import State, function
 from mmalign.tasks.answers import Answers
 from mmalign.tasks.state import rebuilt
+from mmalign.tasks.token_masks import Masks
+from mmalign.tasks.token_rewards import contrasted, load_guide
 
 Batch = dict[str, Any]
 
@@ -90,7 +93,11 @@ class MLLMTask:
         self.state = State(self.objective.terms)
         wanted = config.mllm.online
         self.online = OnlineAnswers(wanted, self.answers, module, self.policy.head, config.seed) if wanted else None
+        self.guide = self._guide(device)
         self.modules = nn.ModuleDict({"model": module, "state": self.state})
+        if isinstance(self.objective.tokens, Sparse):
+            width = int(module.config.get_text_config().hidden_size)
+            self.modules["masks"] = Masks(self.objective.tokens, width).to(device)
         self.cache = Cache(config.data.cache_dir) if config.reference.kind == "cached" else None
         self.reference_key = self._reference_identity() if self.cache else ""
         if self.cache and self.other is not None:
@@ -106,10 +113,12 @@ class MLLMTask:
         chat = Chat(self.processor, loading.ends(module), template)
         own = getattr(module.config.get_text_config(), "max_position_embeddings", None)
         tokens = self.objective.tokens
+        wanted = next((term for term in self.objective.terms if isinstance(term, TReg)), None)
         return Encoder(
             self.processor, chat, loading.media_ids(module.config), max_length=settings.max_length or own,
             policy=settings.over_long, system=settings.system, arguments=settings.processor,
             min_block=getattr(tokens, "min_block", 3), both_sides=getattr(tokens, "both_sides", False),
+            contrast=(wanted.better, wanted.worse) if wanted else None,
         )  # fmt: skip
 
     def _shares(self, module: Any) -> bool:
@@ -137,6 +146,15 @@ class MLLMTask:
         other, _ = loading.load(find(config.reference.model), config.mllm, finish.frozen_dtype(config), device)
         return self._model(other.requires_grad_(False).eval())
 
+    def _guide(self, device: torch.device) -> Model | None:
+        """The model that says what tokens are worth."""
+        config = self.config
+        if config.mllm.guide is None:
+            return None
+        return self._model(
+            load_guide(config.mllm.guide, config.model.path, config.mllm, finish.frozen_dtype(config), device)
+        )
+
     def _facts(self, dropped: list[Any]) -> dict[str, Any]:
         told = summary(self.size, dropped)
         if self.answers.smaller:
@@ -162,6 +180,8 @@ class MLLMTask:
         scores = function(objective.tokens)(pairs, **objective.tokens.own())
         beta = self._beta(pairs, scores)
         metrics = losses.metrics(scores, beta)
+        if pairs.chosen.sparse is not None:
+            metrics["sparsity"] = (pairs.chosen.sparse[pairs.chosen.mask] == 0).float().mean()
         terms = []
         for term in objective.terms:
             each = function(term)(scores, beta=beta, **term.own(), **self.state.given(term))
@@ -202,16 +222,17 @@ class MLLMTask:
     def measure(self, batch: Batch, alone: bool = False) -> losses.Pairs:
         """Log-probabilities of every token of the batch's answers, under policy and reference."""
         needs, encoded = self.objective.needs, batch["encoded"]
-        asks = _asks(encoded)
-        count, ids = len(_ids(asks[: len(encoded)])), _ids(asks).to(self.device)
+        asks = answer_flat.asks(encoded)
+        count, ids = len(answer_flat.ids(asks[: len(encoded)])), answer_flat.ids(asks).to(self.device)
         policy, others = self.policy, asks if "blind" in needs else asks[: len(encoded)]
         with nullcontext() if not self.alike else torch.no_grad():
             seen = policy.passes.see([ask.prompt for ask in asks])
         hidden = policy.passes.hidden(others, seen)
         found: dict[str, Tensor] = {"policy": log_probs(policy.head, hidden, ids[: len(hidden)])}
         if not self.objective.reference_free:
-            known = self._reference(asks, seen if self.alike else None, wanted=bool({"kl", "guided"} & needs))
+            known = self._reference(asks, seen if self.alike else None, wanted=bool({"kl", "guided", "mask"} & needs))
             found["reference"] = known.log_probs
+            found |= self._of_tokens(encoded, asks[: len(encoded)], ids[:count], known)
             if "kl" in needs:
                 assert known.hidden is not None
                 found["kl"] = kl(policy.head, hidden[:count], known.head, known.hidden[:count])
@@ -222,8 +243,26 @@ class MLLMTask:
                     policy.head, hidden[:count], known.head, known.hidden[count:], ids[:count], **guidance.model_dump()
                 )  # fmt: skip
                 found["policy"] = torch.cat([guided, found["policy"][count:]])
-        pairs = self._sides(batch, _parted(found, count))
+        pairs = self._sides(batch, answer_flat.parted(found, count))
         return replace(pairs, drift=self._drift(encoded, seen, alone)) if "drift" in needs else pairs
+
+    def _of_tokens(
+        self, encoded: Sequence[Encoded], asks: Sequence[Branching], ids: Tensor, known: Known
+    ) -> dict[str, Tensor]:
+        """What single tokens are worth or count, where the objective asks for it: flat [N] each."""
+        needs, found = self.objective.needs, {}
+        if "contrast" in needs:
+            found["rewards"] = contrasted(encoded, lambda two: self._reference(two, None, wanted=False).log_probs)
+        if self.guide is not None:
+            with torch.no_grad():
+                hidden = self.guide.passes.hidden(asks, self.guide.passes.see([ask.prompt for ask in asks]))
+                values = log_probs(self.guide.head, hidden, ids)
+            found["rewards"] = self.objective.beta * (values - known.log_probs[: len(ids)])
+        if "mask" in needs:
+            assert known.hidden is not None
+            lengths = [len(answer) for each in encoded for answer in each.answers]
+            found["sparse"], found["sparse_kl"] = self.modules["masks"](known.hidden[: len(ids)], lengths)
+        return found
 
     @torch.no_grad()
     def _drift(self, encoded: Sequence[Encoded], seen: dict[int, Any], alone: bool) -> Tensor:
@@ -235,7 +274,7 @@ class MLLMTask:
         ]
         totals = torch.zeros(2, device=self.device)
         if asks:
-            ids = _ids(asks).to(self.device)
+            ids = answer_flat.ids(asks).to(self.device)
             policy = log_probs(self.policy.head, self.policy.passes.hidden(asks, seen), ids)
             known = self._reference(asks, seen if self.alike else None, wanted=False).log_probs
             totals = torch.stack([(policy - known).sum(), torch.tensor(float(size), device=self.device)])
@@ -247,13 +286,13 @@ class MLLMTask:
         encoded: list[Encoded] = batch["encoded"]
         lengths = [[len(answer) for answer in each.answers] for each in encoded]
         longest = max(length for row in lengths for length in row)
-        tables = {name: _tables(value, lengths, longest) for name, value in flat.items()}
+        tables = {name: answer_flat.tables(value, lengths, longest) for name, value in flat.items()}
         ones = torch.ones(sum(map(sum, lengths)), dtype=torch.bool, device=self.device)
-        masks = _tables(ones, lengths, longest)
+        masks = answer_flat.tables(ones, lengths, longest)
         changed: list[Tensor] | None = None
         if encoded[0].changed is not None:
             marks = torch.tensor([m for each in encoded for answer in each.changed or () for m in answer])
-            changed = _tables(marks.to(self.device), lengths, longest)
+            changed = answer_flat.tables(marks.to(self.device), lengths, longest)
         sides = [
             losses.Side(
                 mask=masks[i], changed=changed[i] if changed else None,
@@ -303,20 +342,21 @@ class MLLMTask:
         with self._referring() as model:
             seen = seen if seen is not None else model.passes.see([ask.prompt for ask in asks])
             hidden = model.passes.hidden(asks, seen)
-            values = log_probs(model.head, hidden, _ids(asks).to(self.device))
+            values = log_probs(model.head, hidden, answer_flat.ids(asks).to(self.device))
             return Known(values, hidden if wanted else None, model.head)
 
     def _remembered(self, ask: Branching) -> Tensor:
         """Of one prompt's answers, each an entry of the cache; measured without any neighbours where one is missing."""
         assert self.cache is not None
         keys = [
-            self.cache.key(reference=self.reference_key, **_content(ask.prompt), answer=list(a)) for a in ask.answers
+            self.cache.key(reference=self.reference_key, **answer_flat.content(ask.prompt), answer=list(a))
+            for a in ask.answers
         ]
         entries = [self.cache.get("reference_log_probs", key) for key in keys]
         if any(entry is None for entry in entries):
             with self._referring() as model:
                 hidden = model.passes.hidden([ask], model.passes.see([ask.prompt]))
-                values = log_probs(model.head, hidden, _ids([ask]).to(self.device)).float().cpu()
+                values = log_probs(model.head, hidden, answer_flat.ids([ask]).to(self.device)).float().cpu()
             parts = values.split([len(answer) for answer in ask.answers])
             for key, value in zip(keys, parts, strict=True):
                 self.cache.put("reference_log_probs", key, {"log_probs": value.clone()})
@@ -327,7 +367,7 @@ class MLLMTask:
         """Every row's reference log-probabilities, before the run; the next run with these rows finds them."""
         for rows in filter(None, (self.answers, self.held_out)):
             for index in track(range(len(rows.rows)), "reference log-probabilities", len(rows.rows)):
-                for ask in _asks(rows.load([index])["encoded"]):
+                for ask in answer_flat.asks(rows.load([index])["encoded"]):
                     self._remembered(ask)
 
     # ------------------------------------------------------------------------------------------------------ the loop
@@ -357,41 +397,3 @@ class MLLMTask:
             self.policy.module, self.processor, folder, config=self.config.model_dump(mode="json"),
             data=str(self.facts["data"]), base_model=str(self.config.model.path),
         )  # fmt: skip
-
-
-def _asks(encoded: Sequence[Encoded]) -> list[Branching]:
-    """What is asked of a model about these rows: their answers, and with negative images once more."""
-    own = [Branching(each.prompt, each.answers) for each in encoded]
-    return own + [Branching(each.negative, each.answers) for each in encoded if each.negative is not None]
-
-
-def _parted(found: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Values under the negative images, which come behind the first `count`, under names of their own."""
-    names = {"policy": "blind", "reference": "blind_reference"}
-    behind = {names[name]: value[count:] for name, value in found.items() if name in names and len(value) > count}
-    return {name: value[:count] for name, value in found.items()} | behind
-
-
-def _ids(asks: Sequence[Branching]) -> Tensor:
-    return torch.tensor([token for ask in asks for answer in ask.answers for token in answer], dtype=torch.long)
-
-
-def _content(prompt: Prompt) -> dict[str, Any]:
-    """What a prompt's log-probabilities depend on: its tokens, and the pixels as the processor made them."""
-    digest = hashlib.sha256()
-    for name in sorted(prompt.vision):
-        value = prompt.vision[name].contiguous()
-        digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes())
-    return {"prompt": list(prompt.ids), "kinds": list(prompt.kinds or ()), "vision": digest.hexdigest()}
-
-
-def _tables(flat: Tensor, lengths: list[list[int]], longest: int) -> list[Tensor]:
-    """Values of all answers' tokens in a row -> one table [B, longest] per side, zeros behind the ends."""
-    parts = iter(flat.split([length for row in lengths for length in row]))
-    sides: list[list[Tensor]] = [[] for _ in lengths[0]]
-    for row in lengths:
-        for side in range(len(row)):
-            part = next(parts)
-            sides[side].append(nn.functional.pad(part, (0, longest - len(part))))
-    return [torch.stack(side) for side in sides]
