@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mmalign.backbones.vlm_lora import adapter_files
 from mmalign.builders.makers import Maker, maker
-from mmalign.jobs_build import BuildConfig
+from mmalign.jobs_build import BuildConfig, SelfReward
 from mmalign.locks import alone_in
 from mmalign.mllm import loading
 from mmalign.mllm.answers_writing import write_answers
@@ -18,6 +19,7 @@ from mmalign.mllm.rows import AnswerRow
 from mmalign.paths import find
 from mmalign.progress import track
 from mmalign.tables import summary
+from mmalign.weights import files_hash
 
 PARTS, ROWS, FACTS = "said.jsonl", "rows.jsonl", "build.json"
 
@@ -80,10 +82,12 @@ def _told(left_out: Counter[str]) -> str:
 
 def _identity(config: BuildConfig) -> str:
     """What decides what is said of a row besides the row: method, model and seed."""
-    told = [config.build.model_dump_json(), config.seed]
+    told: list[Any] = [config.build.model_dump_json(exclude={"earlier"}), config.seed]
     if config.model is not None:
-        plain = config.model.model_dump_json(exclude={"path", "device", "batch_size"})
-        told += [plain, loading.identity(find(config.model.path))]
+        plain = config.model.model_dump_json(exclude={"path", "lora", "device", "batch_size"})
+        earlier = config.build.earlier if isinstance(config.build, SelfReward) else None
+        adapters = [files_hash(adapter_files(folder)) if folder else None for folder in (config.model.lora, earlier)]
+        told += [plain, loading.identity(find(config.model.path)), adapters]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -46,6 +46,21 @@ class Several(Strict):
         return self
 
 
+class SelfReward(Strict):
+    """Self-rewarding rounds: the model's own answers by its implicit reward, believed as far as two rounds agree
+    (CREAM, 2410.12735)."""
+
+    kind: Literal["self_reward"] = "self_reward"
+    earlier: Path | None = Field(
+        None, description="LoRA of the round before, whose order is compared; null: the base model's log-probabilities"
+    )
+    consistency: Literal["mean", "row", "off"] = Field(
+        "mean", description="weights C and 1 - C of a pair and its reverse: C of all prompts, as in the paper, or of "
+        "each; off: pairs as they are"
+    )  # fmt: skip
+    least: float = Field(0.0, ge=0, description="how far apart the rewards of a pair are, per token")
+
+
 class Negatives(Strict):
     """Negative images for rows that are there, written to files: for mDPO, CHiP and others to share."""
 
@@ -61,7 +76,7 @@ class BuildConfig(Strict):
     root: Path | None = Field(None, description="folder that relative media paths start from; default: the table's own")
     limit: PositiveInt | None = Field(None, description="use only the first rows")
     model: Responding | None = Field(None, description="who answers; negatives need none")
-    build: BDHS | Claims | Several | Negatives = Field(discriminator="kind")
+    build: BDHS | Claims | Several | SelfReward | Negatives = Field(discriminator="kind")
     seed: int = 0
     output: Path = Field(
         description="folder: rows.jsonl to train on, images/, build.json with what was left out and why"
@@ -74,10 +89,19 @@ class BuildConfig(Strict):
             raise ValueError(
                 f"build.kind: {kind} {'needs a model' if self.model is None else 'asks no model; drop it'}"
             )
-        if kind == "claims" and self.model is not None and (self.model.per_prompt < 2 or not self.model.temperature):
+        if (
+            kind in ("claims", "self_reward")
+            and self.model
+            and (self.model.per_prompt < 2 or not self.model.temperature)
+        ):
             raise ValueError(
-                "build.kind: claims compares answers of one model: set model.per_prompt to 2 or more, and "
+                f"build.kind: {kind} compares answers of one model: set model.per_prompt to 2 or more, and "
                 "model.temperature above 0"
+            )
+        if kind == "self_reward" and self.model and self.model.lora is None:
+            raise ValueError(
+                "build.kind: self_reward takes rewards from what model.lora changes: give the LoRA of the last round. "
+                "The first round's is trained on answers of people, or on rows of build.kind: claims"
             )
         if kind in ("bdhs", "several") and self.model is not None and self.model.per_prompt > 1:
             raise ValueError(f"build.kind: {kind} has one answer to a row; drop model.per_prompt")

@@ -29,6 +29,9 @@ class Responding(Strict):
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens that have this share")
     per_prompt: PositiveInt = Field(1, description="answers to each question, with consecutive seeds")
+    best_of: PositiveInt = Field(
+        1, description="draw so many answers and keep the one that the lora makes likelier by most, per token"
+    )
     seed: NonNegativeInt = Field(0, description="of the first answer to each question, where one is sampled")
     batch_size: PositiveInt = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -36,8 +39,12 @@ class Responding(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Responding:
-        if not self.temperature and (self.per_prompt > 1 or self.top_p < 1 or self.seed):
-            raise ValueError("per_prompt, top_p and seed are of sampling: set temperature above 0, or drop them")
+        if not self.temperature and (max(self.per_prompt, self.best_of) > 1 or self.top_p < 1 or self.seed):
+            raise ValueError("per_prompt, best_of, top_p, seed are of sampling: set temperature above 0, or drop them")
+        if self.best_of > 1 and self.lora is None:
+            raise ValueError("best_of takes rewards from what a lora changes; without one all are 0: give model.lora")
+        if self.best_of > 1 and (self.per_prompt > 1 or self.conversation is not None):
+            raise ValueError("best_of keeps one answer, in the chat template: drop per_prompt and conversation")
         if self.conversation is not None and not (
             "{images}" in self.conversation and "{question}" in self.conversation
         ):

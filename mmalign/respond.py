@@ -29,6 +29,9 @@ from mmalign.jobs_respond import RespondConfig, Responding
 from mmalign.locks import alone_in, refuse_if_busy
 from mmalign.media import read_image
 from mmalign.media_table import MediaRow, read_media_table, write_media_table
+from mmalign.mllm.encode import Media
+from mmalign.mllm.implicit import Implicit
+from mmalign.mllm.rows import Part, Turn
 from mmalign.paths import find
 from mmalign.progress import Progress
 from mmalign.records import MediaRef
@@ -40,6 +43,7 @@ from mmalign.weights import files_hash
 __all__ = ["ANSWERS", "respond", "run"]
 
 ANSWERS = "answers.jsonl"
+_LORA = "lora"  # what the judge calls it
 _UNASKED = {"batch_size", "device", "path", "lora", "per_prompt", "seed"}
 """Settings that change no answer but by rounding, or are told otherwise: by content, and by each answer's seed."""
 
@@ -87,12 +91,13 @@ def respond(rows: Sequence[MediaRow], settings: Responding, folder: Path, config
     known |= {one.row.sample: _reason(one, one.problem) for one in questions if one.problem is not None}
     missing = _missing(questions, known, settings.batch_size)
     model = _load(settings, device) if missing else None
+    judge = _judge(settings, device) if missing and settings.best_of > 1 else None
     with alone_in(folder, "mmalign respond"):
         begin_folder(folder, config, identity, "")
         _write(folder / ANSWERS, known.values())  # whole lines alone: a kill may have cut the last one
         done = len(questions) - sum(map(len, missing))
         with Progress("answering", len(questions), done) as bar, open(folder / ANSWERS, "a", encoding="utf-8") as file:
-            for answers in _answers(model, missing, settings) if model else ():
+            for answers in _answers(model, judge, missing, settings) if model else ():
                 for answer in answers:
                     known[answer["sample"]] = answer
                     file.write(json.dumps(answer, ensure_ascii=False) + "\n")
@@ -158,6 +163,14 @@ def _load(settings: Responding, device: torch.device) -> VisionLanguageModel:
     )
 
 
+def _judge(settings: Responding, device: torch.device) -> Implicit:
+    assert settings.lora is not None
+    return Implicit(
+        settings.path, {_LORA: settings.lora}, dtype=resolve_dtype(settings.dtype), device=device,
+        system=settings.system,
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------ what is answered
 
 
@@ -196,7 +209,7 @@ def _is_answered(question: Question, known: Mapping[str, Any]) -> bool:
 
 
 def _answers(
-    model: VisionLanguageModel, batches: Sequence[Sequence[Question]], settings: Responding
+    model: VisionLanguageModel, judge: Implicit | None, batches: Sequence[Sequence[Question]], settings: Responding
 ) -> Iterator[list[dict[str, Any]]]:
     """What becomes of each batch; the next one's pictures are decoded meanwhile."""
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
@@ -204,7 +217,7 @@ def _answers(
         for number, batch in enumerate(batches):
             pictures = ahead.pop().result()
             ahead += [pool.submit(_pictures, later) for later in batches[number + 1 : number + 2]]
-            yield _of_batch(model, batch, pictures, settings)
+            yield _of_batch(model, judge, batch, pictures, settings)
 
 
 def _pictures(batch: Sequence[Question]) -> list[tuple[Tensor, ...] | str]:
@@ -221,11 +234,12 @@ def _pictures(batch: Sequence[Question]) -> list[tuple[Tensor, ...] | str]:
 
 def _of_batch(
     model: VisionLanguageModel,
+    judge: Implicit | None,
     batch: Sequence[Question],
     pictures: Sequence[tuple[Tensor, ...] | str],
     settings: Responding,
 ) -> list[dict[str, Any]]:
-    asked: dict[int, Asked] = {}
+    asked: dict[int, list[Asked]] = {}
     problems: dict[int, str] = {}
     for place, (question, images) in enumerate(zip(batch, pictures, strict=True)):
         if question.problem is not None or isinstance(images, str):
@@ -237,18 +251,18 @@ def _of_batch(
             problems[place] = str(error)
     decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.top_p)
     try:
-        found = model.writer.write(list(asked.values()), decoding)
+        found = iter(model.writer.write([one for several in asked.values() for one in several], decoding))
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"out of memory on {len(asked)} questions at once ({error}); lower batch_size (now {settings.batch_size}). "
             "The answers so far are kept, and the same command goes on from there"
         ) from None
-    written: dict[int, Written | ValueError] = dict(zip(asked, found, strict=True))
+    written = {place: [next(found) for _ in several] for place, several in asked.items()}
     answers = []
     for place, question in enumerate(batch):
-        one = written.get(place)
+        one, rewards = _best(judge, asked.get(place, []), written.get(place, []), question, settings)
         if isinstance(one, Written):
-            told = {"response": one.text, "tokens": one.tokens, "cut": one.cut}
+            told = {"response": one.text, "tokens": one.tokens, "cut": one.cut, **rewards}
             answers.append({"sample": question.row.sample, "key": question.key, **told})
         else:
             answers.append(_reason(question, problems.get(place) or str(one)))
@@ -260,11 +274,33 @@ def _reason(question: Question, problem: str) -> dict[str, Any]:
     return {"sample": question.row.sample, "key": question.key, "response": None, "reason": problem}
 
 
-def _ask(model: VisionLanguageModel, question: Question, images: tuple[Tensor, ...], settings: Responding) -> Asked:
+def _best(
+    judge: Implicit | None,
+    asked: Sequence[Asked],
+    written: Sequence[Written | ValueError],
+    question: Question,
+    settings: Responding,
+) -> tuple[Written | ValueError | None, dict[str, Any]]:
+    """The answer that is kept, and the rewards of all and the seed of the kept one where there were several."""
+    good = [(one, each) for one, each in zip(asked, written, strict=True) if isinstance(each, Written)]
+    if judge is None or not good:
+        return (written[0] if written else None), {}
+    images = good[0][0].images
+    parts = (*(Part("image") for _ in images), Part("text", question.row.prompt + settings.suffix))
+    texts = [each.text for _, each in good]
+    rewards = judge.means((Turn("user", parts),), Media(images), texts)[_LORA]
+    best = max(range(len(good)), key=rewards.__getitem__)
+    return good[best][1], {"rewards": rewards, "kept": good[best][0].seed}
+
+
+def _ask(
+    model: VisionLanguageModel, question: Question, images: tuple[Tensor, ...], settings: Responding
+) -> list[Asked]:
+    """As often as there are answers to choose from, with consecutive seeds."""
     if len(images) > 1 and not FAMILIES.get(model.family, True):
         raise ValueError(f"{model.family} models read one image, and the row has {len(images)}")
     text = model.words.chat(question.row.prompt + settings.suffix, len(images), system=settings.system)
-    return Asked(text, images, question.seed or 0)
+    return [Asked(text, images, (question.seed or 0) + i) for i in range(settings.best_of)]
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -281,7 +317,9 @@ def _answered(question: Question, known: Mapping[str, dict[str, Any]], model: st
     else:
         aux |= {"response_tokens": answer["tokens"], "response_cut": answer["cut"]}
     if question.seed is not None:
-        aux["response_seed"] = question.seed
+        aux["response_seed"] = answer.get("kept", question.seed)
+    if "rewards" in answer:
+        aux["response_rewards"] = answer["rewards"]
     return replace(row, response=answer["response"], model=model, aux=aux)
 
 

@@ -211,6 +211,22 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(model: Path, table: Path, 
     assert {"loss_dpo", "loss_bco_pair", "loss_safe_dpo", "reward_chosen", "implicit_accuracy"} <= lines[-1].keys()
 
 
+def test_a_lora_of_an_earlier_round_is_gone_on_with(model: Path, table: Path, tmp_path: Path) -> None:
+    first = train.run(answer_settings(tmp_path / "first", model, table, optim__lr=3e-2))
+    init = str(first / "export")
+    task = _task(tmp_path / "second", model, table, lora__init=init)
+    loss, metrics = _loss(task)
+    assert abs(metrics["margin"].item()) > 1e-3  # the reference is the model without adapters
+    again = train.run(answer_settings(tmp_path / "still", model, table, lora__init=init, optim__lr=1e-30))
+    name = "export/adapter_model.safetensors"
+    before, after = load_file(first / name), load_file(again / name)
+    assert all(torch.equal(before[key], after[key]) for key in before.keys() | after.keys())
+    with pytest.raises(ValueError, match=r"lora.init: .* give the same lora.rank"):
+        _task(tmp_path / "other", model, table, lora__init=init, lora__rank=4)
+    with pytest.raises(ValueError, match=r"lora.init: .* has no adapter_config.json"):
+        _task(tmp_path / "none", model, table, lora__init=str(tmp_path))
+
+
 @pytest.mark.parametrize("lora", [{"rank": 2}, None])
 def test_what_is_exported_is_what_was_trained(lora: Any, model: Path, table: Path, tmp_path: Path) -> None:
     config = answer_settings(tmp_path / "run", model, table, lora=lora)

@@ -20,8 +20,9 @@ from mmalign.backbones.vlm_generate import Asked, Decoding
 from mmalign.builders import claims, multi_image
 from mmalign.builders.habit import anew, likeness
 from mmalign.builders.kit import Kit
+from mmalign.builders.self_reward import Itself
 from mmalign.devices import resolve_device, resolve_dtype
-from mmalign.jobs_build import BuildConfig, Claims, Negatives, Several
+from mmalign.jobs_build import BuildConfig, Claims, Negatives, SelfReward, Several
 from mmalign.jobs_mllm import BDHS
 from mmalign.media import write_image
 from mmalign.mllm.attention import attention_to_prompt, coordinates, image_places, inside, share_of, token_centres
@@ -55,6 +56,8 @@ def maker(config: BuildConfig, given: Sequence[AnswerRow]) -> Maker:
         return FromClaims(config, build)
     if isinstance(build, Several):
         return AmongSeveral(config, build, given)
+    if isinstance(build, SelfReward):
+        return Itself(config, build)
     return WithNegatives(config, build, given)
 
 

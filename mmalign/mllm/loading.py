@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from mmalign.backbones.vlm_loading import check_processor, load_parts, model_folder, unreadable, vlm_files
+from mmalign.backbones.vlm_lora import adapter_files
 from mmalign.jobs import Lora
 from mmalign.jobs_mllm import Mllm
 from mmalign.records import nearest
-from mmalign.weights import files_hash
+from mmalign.weights import files_hash, read_state_dict
 from mmalign.weights_read import BAD_CONFIG
 
 LANGUAGE = ("language_model", "text_model")
@@ -159,6 +160,29 @@ def make_trainable(model: Any, vision: str, lora: Lora | None, seed: int, checkp
     for name, module in model.named_modules():
         if name and part_of(name) not in parts and not any(p.requires_grad for p in module.parameters()):
             module.eval()
+
+
+def begin_from(model: Any, folder: Path) -> None:
+    """Gives the adapters that `make_trainable` added the weights of a LoRA's folder.
+
+    Raises:
+        ValueError: no adapter there, or one of other places or another rank.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    _, file = adapter_files(folder, "lora.init")
+    given = {name.removeprefix("base_model.model."): value for name, value in read_state_dict(file).items()}
+    own = get_peft_model_state_dict(model, adapter_name="default")
+    unlike = sorted(
+        name for name in own.keys() | given.keys()
+        if name not in own or name not in given or own[name].shape != given[name].shape
+    )  # fmt: skip
+    if unlike:
+        raise ValueError(
+            f"lora.init: {len(unlike)} tensors of {file} are not those of this model and lora, such as {unlike[0]}; "
+            "give the same lora.rank, lora.targets and mllm.vision as the run that made it"
+        )
+    set_peft_model_state_dict(model, {name: value.float() for name, value in given.items()}, adapter_name="default")
 
 
 def _lora_config(model: Any, parts: frozenset[str], lora: Lora) -> Any:

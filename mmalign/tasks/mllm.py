@@ -87,6 +87,8 @@ class MLLMTask:
         loading.make_trainable(
             module, config.mllm.vision, config.lora, config.seed, config.optim.gradient_checkpointing
         )
+        if config.lora and config.lora.init:
+            loading.begin_from(module, config.lora.init)
         self.alike = loading.sees_alike(module) and not config.reference.other
         self.policy = self._model(module)
         self.other = self._other(device)
