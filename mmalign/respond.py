@@ -35,6 +35,7 @@ from mmalign.records import MediaRef
 from mmalign.runs import begin_folder, pick_device, refuse_other
 from mmalign.score_media import media_hashes
 from mmalign.source import MediaError
+from mmalign.turns import earlier_turns
 from mmalign.weights import files_hash
 
 __all__ = ["ANSWERS", "respond", "run"]
@@ -124,11 +125,17 @@ def _of_row(
         problem = "the row is about a video, and respond shows images; give frames as media and images"
     elif not row.prompt.strip():
         problem = "the prompt is empty, so there is nothing to answer"
+    turns = row.aux.get("turns")
+    try:
+        earlier_turns(turns, len(_sources(row)))
+    except ValueError as error:
+        problem = problem or str(error)
     shown = [hashes[source] for source in _sources(row)]
     problem = problem or next((str(each) for each in shown if isinstance(each, MediaError)), None)
     for number in range(settings.per_prompt):
         seed = settings.seed + number if settings.temperature else None
-        text = json.dumps([row.prompt, list(map(str, shown)), seed])
+        # Without turns as ever, so that folders of earlier versions go on.
+        text = json.dumps([row.prompt, list(map(str, shown)), seed, *([] if turns is None else [turns])])
         key = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
         sample = row.sample if settings.per_prompt == 1 else f"{row.sample}-{seed}"
         yield Question(replace(row, sample=sample), seed, key, problem)
@@ -263,7 +270,9 @@ def _reason(question: Question, problem: str) -> dict[str, Any]:
 def _ask(model: VisionLanguageModel, question: Question, images: tuple[Tensor, ...], settings: Responding) -> Asked:
     if len(images) > 1 and not FAMILIES.get(model.family, True):
         raise ValueError(f"{model.family} models read one image, and the row has {len(images)}")
-    text = model.words.chat(question.row.prompt + settings.suffix, len(images), system=settings.system)
+    asked = question.row.prompt + settings.suffix
+    turns = earlier_turns(question.row.aux.get("turns"))
+    text = model.words.chat(asked, len(images), system=settings.system, turns=turns)
     return Asked(text, images, question.seed or 0)
 
 
