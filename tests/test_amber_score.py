@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hallucination_kit import json_list, summary
+from hallucination_kit import json_lines, json_list, summary
 from public_kit import AMBER_ANNOTATIONS, AMBER_QUERIES, DATA, needs
 
 from mmalign.compare import compare
@@ -84,6 +84,18 @@ def test_a_picture_is_drawn_with_its_description_and_its_questions(files):
     other = run(config(files, "other", "other.json"))
     (compared,) = [one for one in compare(read_results(folder), read_results(other)).figures if "score" in one.figure]
     assert compared.same_items and 0 <= compared.difference.low < compared.difference.mean
+
+
+def test_tables_of_two_runs_make_one_score(files):
+    """As a model leaves them that describes in one run and answers in another."""
+    told = json.loads((files / "r.json").read_text())
+    for name, described in (("a.jsonl", True), ("b.jsonl", False)):
+        rows = [one for one in told if (one["id"] in (1, 4, 7, 10)) == described]
+        json_lines(files / name, [{"sample": str(one["id"]), "response": one["response"]} for one in rows])
+    whole = config(files, "out")
+    block = whole.benchmark.model_copy(update={"responses": (files / "a.jsonl", files / "b.jsonl")})
+    found = summary(run(whole.model_copy(update={"benchmark": block})))["amber_generative"]["figures"]
+    assert found["amber_score"]["value"] == pytest.approx(by_hand(range(4))) and found["amber_score"]["n"] == 11
 
 
 def test_two_parsers_are_two_scores_and_one_evaluator_is_none(files):
