@@ -38,6 +38,7 @@ from mmalign.records import MediaRef
 from mmalign.runs import begin_folder, pick_device, refuse_other
 from mmalign.score_media import media_hashes
 from mmalign.source import MediaError
+from mmalign.turns import earlier_turns
 from mmalign.weights import files_hash
 
 __all__ = ["ANSWERS", "respond", "run"]
@@ -129,11 +130,17 @@ def _of_row(
         problem = "the row is about a video, and respond shows images; give frames as media and images"
     elif not row.prompt.strip():
         problem = "the prompt is empty, so there is nothing to answer"
+    turns = row.aux.get("turns")
+    try:
+        earlier_turns(turns, len(_sources(row)))
+    except ValueError as error:
+        problem = problem or str(error)
     shown = [hashes[source] for source in _sources(row)]
     problem = problem or next((str(each) for each in shown if isinstance(each, MediaError)), None)
     for number in range(settings.per_prompt):
         seed = settings.seed + number if settings.temperature else None
-        text = json.dumps([row.prompt, list(map(str, shown)), seed])
+        # Without turns as ever, so that folders of earlier versions go on.
+        text = json.dumps([row.prompt, list(map(str, shown)), seed, *([] if turns is None else [turns])])
         key = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
         sample = row.sample if settings.per_prompt == 1 else f"{row.sample}-{seed}"
         yield Question(replace(row, sample=sample), seed, key, problem)
@@ -285,12 +292,20 @@ def _best(
     good = [(one, each) for one, each in zip(asked, written, strict=True) if isinstance(each, Written)]
     if judge is None or not good:
         return (written[0] if written else None), {}
-    images = good[0][0].images
-    parts = (*(Part("image") for _ in images), Part("text", question.row.prompt + settings.suffix))
-    texts = [each.text for _, each in good]
-    rewards = judge.means((Turn("user", parts),), Media(images), texts)[_LORA]
+    images, texts = good[0][0].images, [each.text for _, each in good]
+    rewards = judge.means(_conversation(question, len(images), settings), Media(images), texts)[_LORA]
     best = max(range(len(good)), key=rewards.__getitem__)
     return good[best][1], {"rewards": rewards, "kept": good[best][0].seed}
+
+
+def _conversation(question: Question, images: int, settings: Responding) -> tuple[Turn, ...]:
+    """What is asked, behind earlier turns; pictures that these do not show stand before the question."""
+    found, left = [], images
+    for turn in earlier_turns(question.row.aux.get("turns")):
+        found.append(Turn(turn.role, (*(Part("image") for _ in range(turn.images)), Part("text", turn.content))))
+        left -= turn.images
+    asked = Part("text", question.row.prompt + settings.suffix)
+    return (*found, Turn("user", (*(Part("image") for _ in range(left)), asked)))
 
 
 def _ask(
@@ -299,7 +314,9 @@ def _ask(
     """As often as there are answers to choose from, with consecutive seeds."""
     if len(images) > 1 and not FAMILIES.get(model.family, True):
         raise ValueError(f"{model.family} models read one image, and the row has {len(images)}")
-    text = model.words.chat(question.row.prompt + settings.suffix, len(images), system=settings.system)
+    asked = question.row.prompt + settings.suffix
+    turns = earlier_turns(question.row.aux.get("turns"))
+    text = model.words.chat(asked, len(images), system=settings.system, turns=turns)
     return [Asked(text, images, (question.seed or 0) + i) for i in range(settings.best_of)]
 
 

@@ -44,7 +44,7 @@ def answer_rows(config: ScoreConfig) -> list[MediaRow]:
             f"{table} is not there: the model has not answered yet. Run without --dry-run, which answers first"
         )
     wanted = {row.sample for rows in questions for row in rows}
-    return [row for row in read_media_table(table) if row.sample in wanted]
+    return [row for row in read_media_table(table, questions=True) if row.sample in wanted]
 
 
 def _asked(config: ScoreConfig, block: Answers) -> tuple[list[list[MediaRow]], set[str]]:

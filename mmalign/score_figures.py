@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,35 @@ import pyarrow.parquet as pq
 
 from mmalign.compare_figures import FILE, UNDEFINED
 from mmalign.evaluation import FigureRow, figures_declared
+from mmalign.hallucination import amber
 from mmalign.progress import Progress
 from mmalign.score_plan import Job, Plan
 from mmalign.source import whole_file
 from mmalign.stats import expanded_ends
 
-__all__ = ["FILE", "add_figures", "estimate", "resamples"]
+__all__ = ["FILE", "Source", "add_figures", "estimate", "resamples"]
 
 MOST, LEAST, WORK = 2000, 200, 4_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where figures come from.
+
+    Attributes:
+        label: of the evaluator, as the summary has it.
+        name: what messages call it.
+        figures: of rows.
+    """
+
+    label: str
+    name: str
+    figures: Callable[[Sequence[FigureRow]], Mapping[str, float | None]]
+
+    @classmethod
+    def of(cls, job: Job) -> Source:
+        """An evaluator of single items."""
+        return cls(job.label, job.name, lambda rows: job.cls.figures(job.params, rows))  # type: ignore[union-attr]
 
 
 def resamples(rows: int) -> int:
@@ -40,7 +63,8 @@ def add_figures(summary: dict[str, Any], table: pa.Table, plan: Plan, folder: Pa
 
     An entry gets ``figures``: name -> ``value`` and ``ci95`` (None where it has none), and ``figures_of``: how many
     items and clusters they are of, and how often these were drawn again. With several models in the table
-    ``figures_by_model`` has the same for each. Where the evaluator's function fails ``figures_problem`` says how.
+    ``figures_by_model`` has the same for each. Where the evaluator's function fails ``figures_problem`` says how. Where
+    both of AMBER's evaluators are in the run, the entry of amber_generative gets its score, see `_add_amber`.
 
     Args:
         summary: of `mmalign.score_summary.summarise`, by label; changed.
@@ -51,24 +75,56 @@ def add_figures(summary: dict[str, Any], table: pa.Table, plan: Plan, folder: Pa
     for job in plan.jobs:
         if not figures_declared(job.cls):
             continue
-        rows = _rows(table, job, plan)
         entry = summary[job.label]
-        every = [row for of_model in rows.values() for row in of_model]
         try:
-            found = estimate(job, every, seed)
-            apart = rows if len(rows) > 1 else {}
-            models = {name: estimate(job, some, seed).told["figures"] for name, some in apart.items()}
+            found, models = _of_models(Source.of(job), _rows(table, job, plan), seed)
         except Exception as error:  # of the evaluator's own code: its scores are written all the same
             entry |= {"figures": {}, "figures_problem": f"{type(error).__name__}: {error}"}
             continue
         entry |= found.told | ({"figures_by_model": models} if models else {})
         saved += [{"evaluator": job.label, **each} for each in found.saved]
+    saved += _add_amber(summary, table, plan, seed)
     place = folder / FILE
     if not saved:
         place.unlink(missing_ok=True)
         return
     with whole_file(place) as temporary:
         pq.write_table(pa.Table.from_pylist(saved), temporary)
+
+
+def _add_amber(summary: dict[str, Any], table: pa.Table, plan: Plan, seed: int) -> list[dict[str, Any]]:
+    """Put AMBER's score, which takes both of its evaluators, among the figures of amber_generative, with ``n`` of its
+    own, the rows of both; whole pictures are drawn again, with the description and all questions of each."""
+    saved = []
+    fine = [job for job in plan.jobs if "figures_problem" not in summary[job.label]]
+    asked = [job for job in fine if job.name == "amber_discriminative"]
+    for job in (job for job in fine if job.name == "amber_generative"):
+        entry = summary[job.label]
+        for other in asked:
+            both = {model: [*rows] for model, rows in _rows(table, job, plan).items()}
+            for model, rows in _rows(table, other, plan).items():
+                both.setdefault(model, []).extend(rows)
+            name = "amber_score" if len(asked) == 1 else f"amber_score ({other.label})"
+            found, models = _of_models(Source(job.label, name, partial(_amber_score, name)), both, seed)
+            for figure in found.told["figures"].values():
+                entry["figures"][name] = figure | {"n": found.told["figures_of"]["n"]}
+            for model, figures in models.items():
+                entry.setdefault("figures_by_model", {}).setdefault(model, {}).update(figures)
+            saved += [{"evaluator": job.label, **each} for each in found.saved]
+    return saved
+
+
+def _amber_score(name: str, rows: Sequence[FigureRow]) -> dict[str, float | None]:
+    return {name: amber.score(rows)}
+
+
+def _of_models(
+    source: Source, rows: Mapping[str, list[FigureRow]], seed: int
+) -> tuple[Estimate, dict[str, dict[str, Any]]]:
+    """The figures of all rows, and those of each model where there are several."""
+    found = estimate(source, [row for of_model in rows.values() for row in of_model], seed)
+    apart = rows if len(rows) > 1 else {}
+    return found, {name: estimate(source, some, seed).told["figures"] for name, some in apart.items()}
 
 
 def _rows(table: pa.Table, job: Job, plan: Plan) -> dict[str, list[FigureRow]]:
@@ -104,8 +160,8 @@ class Estimate:
         self.told, self.saved = told, saved
 
 
-def estimate(job: Job, rows: Sequence[FigureRow], seed: int = 0) -> Estimate:
-    """The evaluator's figures of these rows, in an order of their own.
+def estimate(source: Source, rows: Sequence[FigureRow], seed: int = 0) -> Estimate:
+    """Figures of these rows, in an order of their own.
 
     Raises:
         TypeError: the evaluator returned something else than numbers by name, or other names for a resample.
@@ -118,8 +174,8 @@ def estimate(job: Job, rows: Sequence[FigureRow], seed: int = 0) -> Estimate:
     if not rows:
         return Estimate({"figures": {}, "figures_of": about}, [])
     groups = list(clusters.values())
-    values = _figures(job, [row for group in groups for row in group])
-    drawn = _drawn(job, groups, list(values), number, seed)
+    values = _figures(source, [row for group in groups for row in group])
+    drawn = _drawn(source, groups, list(values), number, seed)
     items = [seed, number, [[name, [row["sample"] for row in group]] for name, group in clusters.items()]]
     mark = hashlib.sha256(json.dumps(items).encode()).hexdigest()
     told = {
@@ -133,31 +189,35 @@ def estimate(job: Job, rows: Sequence[FigureRow], seed: int = 0) -> Estimate:
     return Estimate({"figures": told, "figures_of": about}, saved)
 
 
-def _drawn(job: Job, groups: Sequence[list[FigureRow]], names: Sequence[str], number: int, seed: int) -> np.ndarray:
+def _drawn(
+    source: Source, groups: Sequence[list[FigureRow]], names: Sequence[str], number: int, seed: int
+) -> np.ndarray:
     """The figures of resamples [number, figures], NaN where one is undefined."""
     generator = np.random.default_rng(seed)
     copies: dict[tuple[int, int], list[FigureRow]] = {}
     drawn = np.full((number, len(names)), np.nan)
-    with Progress(f"resampling {job.label}", number) as bar:
+    with Progress(f"resampling {source.label}", number) as bar:
         for each in range(number):
             places = generator.integers(0, len(groups), len(groups)).tolist()
-            found = _figures(job, _resample(groups, places, copies))
+            found = _figures(source, _resample(groups, places, copies))
             if strange := sorted(found.keys() - set(names)):
-                raise TypeError(f"{job.name}.figures names other figures for a resample: {', '.join(strange)}")
+                raise TypeError(f"{source.name}.figures names other figures for a resample: {', '.join(strange)}")
             drawn[each] = [np.nan if (value := found.get(name)) is None else value for name in names]
             bar.update(each + 1)
     return drawn
 
 
-def _figures(job: Job, rows: Sequence[FigureRow]) -> dict[str, float | None]:
-    found = job.cls.figures(job.params, rows)  # type: ignore[union-attr]  # of evaluators of single items alone
+def _figures(source: Source, rows: Sequence[FigureRow]) -> dict[str, float | None]:
+    found = source.figures(rows)
     if not isinstance(found, Mapping):
-        raise TypeError(f"{job.name}.figures returned {type(found).__name__}; it has to be a dictionary of numbers")
+        raise TypeError(f"{source.name}.figures returned {type(found).__name__}; it has to be a dictionary of numbers")
     for name, value in found.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
-            raise TypeError(f"{job.name}.figures returned {value!r:.40} for {name!r}; it has to be a number, or None")
+            raise TypeError(
+                f"{source.name}.figures returned {value!r:.40} for {name!r}; it has to be a number, or None"
+            )
         if value is not None and not np.isfinite(value):
-            raise TypeError(f"{job.name}.figures returned {value} for {name!r}; what is undefined is None")
+            raise TypeError(f"{source.name}.figures returned {value} for {name!r}; what is undefined is None")
     return {str(name): None if value is None else float(value) for name, value in found.items()}
 
 

@@ -21,7 +21,7 @@ from mmalign.score_vbench import specs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
-WEIGHTLESS = {"temporal_flickering", "pope", "hallusionbench", "amber_discriminative"}
+WEIGHTLESS = {"temporal_flickering", "pope", "hallusionbench", "amber_discriminative", "answer_questions"}
 named = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 
 

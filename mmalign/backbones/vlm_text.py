@@ -10,6 +10,7 @@ from pydantic import field_validator
 
 from mmalign.backbones.vlm_loading import model_folder
 from mmalign.config import Strict
+from mmalign.turns import Turn
 
 __all__ = ["ChatFormat", "End", "VlmParams", "fill"]
 
@@ -73,29 +74,40 @@ class ChatFormat:
         self._control = frozenset([*special, processor.image_token])
         self.placeholder = int(self._tokenizer.convert_tokens_to_ids(processor.image_token))
 
-    def chat(self, question: str, images: int, prefill: str = "", system: str | None = None) -> str:
+    def chat(
+        self, question: str, images: int, prefill: str = "", system: str | None = None, turns: Sequence[Turn] = ()
+    ) -> str:
         """What the model reads: images, then the question, in its own chat format, up to where its answer begins.
 
         Args:
             question: the user's words.
-            images: how many placeholders are put before them.
+            images: how many placeholders are put before them, less those that the turns have.
             prefill: the beginning of the answer, put into the model's mouth.
             system: what stands before all in the role of the system, in place of what the template itself puts there.
+            turns: what was said before the question.
 
         Raises:
-            ValueError: the question holds a control token of the model's, such as ``<image>``; or a system message for
-                a conversation of one's own, which has it in it.
+            ValueError: a text holds a control token of the model's, such as ``<image>``; or a system message or turns
+                for a conversation of one's own, which has all in it.
         """
         if system is not None and self._conversation is not None:
             raise ValueError("`conversation` is all that the model reads; write the system message into it")
+        if turns and self._conversation is not None:
+            raise ValueError("`conversation` is all that the model reads, and the row has earlier turns; drop either")
         if self._conversation is None:
-            content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": self.plain(question)}]
-            before = [{"role": "system", "content": [{"type": "text", "text": self.plain(system)}]}] if system else []
-            text = self.render([*before, {"role": "user", "content": content}], answer=True)
+            before = [self._said("system", system)] if system else []
+            before += [self._said(turn.role, turn.content, turn.images) for turn in turns]
+            last = self._said("user", question, images - sum(turn.images for turn in turns))
+            text = self.render([*before, last], answer=True)
         else:
             text = self._conversation.replace("{images}", self._image * images)
             text = text.replace("{question}", self.plain(question))
         return text + self.joint(text) + prefill if prefill else text
+
+    def _said(self, role: str, text: str, images: int = 0) -> dict[str, Any]:
+        """A message: places for images, then the text."""
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": self.plain(text)}]
+        return {"role": role, "content": content}
 
     def render(self, messages: list[dict[str, Any]], answer: bool) -> str:
         """Messages in the folder's chat template; with ``answer`` up to where the model's answer begins."""

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmalign.hallucination import amber_captions
 from mmalign.hallucination.files import image_path, json_rows, needed
 from mmalign.hallucination.yes_no import counted, rates
 from mmalign.media_table import MediaRow
 
-__all__ = ["PARTS", "answers", "figures", "printed_f1", "questions"]
+__all__ = ["PARTS", "answers", "figures", "printed_f1", "questions", "score"]
 
 PARTS = {
     "discriminative-hallucination": ("existence",),
@@ -84,6 +85,18 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         found[f"{part}f1_printed"] = printed_f1(parts[part], 1e-3 if part == "existence/" else 1e-4)
     found["words"] = sum(row["scores"]["words"] for row in rows) / len(rows)
     return found
+
+
+def score(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """AMBER's score, (100 - CHAIR + F1) / 2, in percent: of rows of both evaluators, CHAIR of the descriptions and F1
+    of the yes/no questions; None where one of them is not defined. Nothing is rounded on the way."""
+    described = [row for row in rows if "nouns" in row["scores"]]
+    asked = [row for row in rows if "nouns" not in row["scores"]]
+    if not described or not asked:
+        return None
+    chair = amber_captions.figures(described)["chair"]
+    f1 = rates(counted(asked, lambda row: "")[""], "no")["f1"]
+    return None if chair is None or f1 is None else 50 * (1 - chair + f1)
 
 
 def printed_f1(counts: Mapping[tuple[float, float, float], int], epsilon: float = 1e-4) -> float:
