@@ -1,5 +1,6 @@
 """MMHal-Bench: a local judge rates answers about pictures from 0 to 6."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from mmalign.evaluation import BackboneSpec, Batch, Evaluator, FigureRow, Scores
 from mmalign.hallucination.judge import Judge, JudgeParams, fill, read_prompt
 from mmalign.hallucination.mmhal import FIELDS, PROMPTS, fields_of, figures, read_rating
 from mmalign.hallucination.yes_no import length
+
+_log = logging.getLogger(__name__)
 
 
 class MMHal(Evaluator):
@@ -69,6 +72,8 @@ class MMHal(Evaluator):
 
     def _read(self, batch: Batch, place: int, replies: Sequence[str]) -> dict[str, float]:
         given = read_rating(replies[0], self.params.parser)
+        if given is None:
+            _log.warning("no rating of the answer to %r, so 0; the judge wrote %r", batch.prompts[place], replies[0])
         return {
             "rating": float(given or 0),
             "unrated": float(given is None),

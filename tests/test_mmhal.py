@@ -189,11 +189,12 @@ def batch(answers, **columns):
     return Batch(responses=list(answers), prompts=["What?"] * size, aux=[{"gt_answer": "a dog"}] * size, **columns)
 
 
-def test_a_language_model_rates_and_batches_change_nothing(texts, prompt):
+def test_a_language_model_rates_and_batches_change_nothing(texts, prompt, caplog):
     evaluator = load_evaluator("mmhal", {"model": texts, "prompt": prompt, "max_new_tokens": 40}, "cpu")
     whole = batch([*REPLIES, "a dog"])
     found = {name: values.tolist() for name, values in evaluator.score(whole).items()}
     assert found == {"rating": [4, 1, 0, 0, 4], "unrated": [0, 0, 1, 1, 0], "words": [2, 2, 4, 0, 2]}
+    assert [record.args for record in caplog.records] == [("What?", "Rating: 2 or rating: 5"), ("What?", "Hm")]
     for size in (1, 2, 3):
         parts = [evaluator.score(whole.take(range(start, min(5, start + size)))) for start in range(0, 5, size)]
         assert {name: torch.cat([part[name] for part in parts]).tolist() for name in found} == found
