@@ -24,7 +24,16 @@ import torch
 from mmalign import config
 from mmalign.evaluation import Backbones, Evaluator, SetEvaluator, check_class, resolve_device, resolve_dtype
 
-__all__ = ["GROUP", "Found", "evaluator_class", "find_evaluators", "load_evaluator", "make_evaluator", "parse_params"]
+__all__ = [
+    "GROUP",
+    "Found",
+    "configured",
+    "evaluator_class",
+    "find_evaluators",
+    "load_evaluator",
+    "make_evaluator",
+    "parse_params",
+]
 
 GROUP = "mmalign.evaluators"
 
@@ -120,8 +129,21 @@ def load_evaluator(
         ValueError: unknown name or parameter (with the nearest one), missing or unfitting weights, unknown device.
         TypeError: the class breaks the contract.
     """
+    cls, checked = configured(name, params or {}, plugins)
+    return make_evaluator(cls, name, checked, device, dtype, backbones)
+
+
+def configured(
+    name: str, params: Mapping[str, Any], plugins: bool = True
+) -> tuple[type[Evaluator] | type[SetEvaluator], config.Strict]:
+    """The class that scores with these parameters (`Evaluator.variant`), and the parameters, checked.
+
+    Raises:
+        ValueError, TypeError: as `evaluator_class` and `parse_params`.
+    """
     cls = evaluator_class(name, plugins)
-    return make_evaluator(cls, name, parse_params(cls, name, params or {}), device, dtype, backbones)
+    checked = parse_params(cls, name, params)
+    return check_class(cls.variant(checked), name), checked
 
 
 def parse_params(cls: type[Evaluator] | type[SetEvaluator], name: str, params: Mapping[str, Any]) -> config.Strict:

@@ -249,6 +249,12 @@ class _Declared:
         return []
 
     @classmethod
+    def variant(cls, params: Any) -> type[Any]:
+        """The class that scores with these parameters: the class itself, or a subclass that needs something else of an
+        item, such as its pixels too. A subclass stands in a module, by its own name."""
+        return cls
+
+    @classmethod
     def bounds(cls, params: Any) -> tuple[float | None, float | None]:
         """Smallest and largest possible score for these parameters; None where there is no bound."""
         return cls.score_range

@@ -19,7 +19,7 @@ __all__ = ["Answers"]
 class Answers(Strict):
     """A benchmark that judges what a vision-language model answers: questions, and saved answers or a model."""
 
-    kind: Literal["pope", "hallusionbench", "amber", "questions"] = Field(
+    kind: Literal["pope", "hallusionbench", "amber", "mmhal", "questions"] = Field(
         description="whose files the questions are; questions: your own, see docs/scorers/answer_questions.md"
     )
     questions: tuple[Path, ...] = Field(min_length=1, description="file or files, as the authors publish them")

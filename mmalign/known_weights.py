@@ -307,7 +307,8 @@ KNOWN: dict[str, Checkpoint] = {
         "https://github.com/ssundaram21/dreamsim and unzip it",
         fits=("mmalign.backbones.dreamsim:check_fits",),
     ),
-    # Models that are asked (vqascore, unified_reward, vision_reward, gecko, dpg) or read (multi_tap): whole folders.
+    # Models that are asked (vqascore, unified_reward, vision_reward, gecko, dpg, and as judges mmhal, dual_safety) or
+    # read (multi_tap): whole folders.
     "qwen2-vl-2b": _chat_model("Qwen/Qwen2-VL-2B-Instruct", "Apache-2.0"),
     "qwen2.5-vl-7b": _chat_model("Qwen/Qwen2.5-VL-7B-Instruct", "Apache-2.0"),
     "llava-1.5-7b": _chat_model("llava-hf/llava-1.5-7b-hf", "Llama-2"),

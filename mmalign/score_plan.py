@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import Strict
-from mmalign.discovery import evaluator_class, parse_params
+from mmalign.discovery import configured
 from mmalign.evaluation import PIXELS, Evaluator, SetEvaluator
 from mmalign.media import MediaError
 from mmalign.media_folder import how_to_prompt
@@ -163,11 +163,7 @@ def make_jobs(specs: Sequence[tuple[str, Mapping[str, Any]]], plugins: bool = Tr
     Raises:
         ValueError: unknown names or parameters, missing files, or two that would have the same label.
     """
-    named = [
-        (name, cls, parse_params(cls, name, values))
-        for name, values in specs
-        for cls in [evaluator_class(name, plugins)]
-    ]
+    named = [(name, *configured(name, values, plugins)) for name, values in specs]
     _check_weights(named)
     jobs: list[Job] = []
     for name, cls, params in named:

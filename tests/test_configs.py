@@ -103,15 +103,17 @@ def test_configs_and_pages_name_weights_as_they_are_fetched() -> None:
 
 def test_shipped_scoring_configs_find_what_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file under each name that `weights fetch` gives: every path in a shipped scoring config exists."""
-    monkeypatch.setenv("MMALIGN_WEIGHTS", str(tmp_path))
+    weights = tmp_path / "weights"
+    monkeypatch.setenv("MMALIGN_WEIGHTS", str(weights))
+    monkeypatch.chdir(tmp_path)  # where `model: weights/NAME` is looked for
     for name, entry in KNOWN.items():
         for each in (entry.files[0], *(also for also in entry.also if "*" not in also)):
-            file = tmp_path / name / each
+            file = weights / name / each
             file.parent.mkdir(parents=True, exist_ok=True)
             model_type = "rt_detr_v2" if name.startswith("rtdetr") else "blip"
             file.write_text(json.dumps({"name": name, "model_type": model_type}))
         if entry.keys == "transformers":  # a whole folder
-            (tmp_path / name / "model.safetensors").write_text(name)
+            (weights / name / "model.safetensors").write_text(name)
     for path in (ROOT / "configs" / "score").glob("*.yaml"):
         settings = load_job(path)
         assert isinstance(settings, ScoreConfig)

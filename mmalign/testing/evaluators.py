@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmalign.discovery import evaluator_class, find_evaluators, load_evaluator, parse_params
-from mmalign.evaluation import PIXELS, Batch, Evaluator, check_class, figures_declared, subscores
+from mmalign.discovery import configured, find_evaluators, load_evaluator
+from mmalign.evaluation import PIXELS, Batch, Evaluator, figures_declared, subscores
 from mmalign.media import write_image
 
 __all__ = ["check_evaluator"]
@@ -71,11 +71,11 @@ def check_evaluator(
     if found is not None:
         assert found.error is None, f"{name} is listed as broken: {found.error}"
         assert found.summary, f"{name}: the class has no docstring, so lists have no summary for it"
-    cls = check_class(evaluator_class(name), name)
+    cls, checked = configured(name, params or {})
     assert issubclass(cls, Evaluator), f"{name} scores whole sets; check_evaluator is for evaluators of single items"
     evaluator = load_evaluator(name, params, "cpu")
     assert isinstance(evaluator, Evaluator)
-    bounds = cls.bounds(parse_params(cls, name, params or {}))
+    bounds = cls.bounds(checked)
     for modality in sorted(cls.modality):
         batches = _batches(modality, columns, sizes, seed) if PIXELS & set(cls.needs) else {"random": columns}
         for kind, batch in batches.items():
