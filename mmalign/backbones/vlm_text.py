@@ -62,16 +62,17 @@ class ChatFormat:
     """Texts and their tokens for one model.
 
     Attributes:
-        placeholder: id of the token that stands for an image.
+        placeholder: id of the token that stands for an image; -1 for a model of text alone.
     """
 
     def __init__(self, processor: Any, family: str, conversation: str | None, answer_prefix: str | None):
         self._processor, self._tokenizer, self._family = processor, processor.tokenizer, family
         self._conversation, self._answer_prefix = conversation, answer_prefix
-        self._image = IMAGE_TEXT.get(family, processor.image_token)
+        image = processor.image_token
+        self._image = IMAGE_TEXT.get(family, image or "")
         special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        self._control = frozenset([*special, processor.image_token])
-        self.placeholder = int(self._tokenizer.convert_tokens_to_ids(processor.image_token))
+        self._control = frozenset([*special, *([image] if image else [])])
+        self.placeholder = int(self._tokenizer.convert_tokens_to_ids(image)) if image else -1
 
     def chat(self, question: str, images: int, prefill: str = "", system: str | None = None) -> str:
         """What the model reads: images, then the question, in its own chat format, up to where its answer begins.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmalign.hallucination import amber, hallusionbench, pope
+from mmalign.hallucination import amber, hallusionbench, object_halbench, pope
 from mmalign.hallucination.files import json_rows
 from mmalign.media_table import MediaRow, read_media_table
 
@@ -37,6 +37,7 @@ READERS: dict[str, Reader] = {
     "pope": Reader(pope.questions, pope.answers),
     "hallusionbench": Reader(hallusionbench.questions, hallusionbench.answers),
     "amber": Reader(amber.questions, amber.answers, annotated=True),
+    "object_halbench": Reader(object_halbench.questions, object_halbench.answers),
 }
 
 
