@@ -173,6 +173,7 @@ def test_the_published_synonyms() -> None:
     assert len(set(strict.values())) == 80
     assert strict["motor bike"] == "motorcycle"
     assert "motor bike" not in compat
+    assert strict["iphone"] == "cell phone"
     text = (
         "Two buses pass a man on a motor bike; traffic lights, three dogs, wine glasses and knives on dining tables. "
     )

@@ -150,7 +150,9 @@ def read_synonyms(file: str | Path, mode: Mode = "strict") -> dict[str, str]:
         raise ValueError(f"{path} is empty; CHAIR's synonyms.txt has a class per line")
     found: dict[str, str] = {}
     for line in lines:
-        names = line.split(", ") if mode == "compat" else [name.strip() for name in line.split(",") if name.strip()]
+        names = line.split(", ")
+        if mode == "strict":  # "iPhone" too, since captions are read in lower case
+            names = [name.strip().lower() for name in line.split(",") if name.strip()]
         for name in names:
             found.setdefault(name, names[0])
     return found
