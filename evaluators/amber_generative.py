@@ -8,6 +8,8 @@ import torch
 
 from mmalign.evaluation import Batch, Evaluator, FigureRow, Scores, Strict, score_ready
 from mmalign.hallucination.amber_captions import Nouns, Things, Vectors, figures, judged
+from mmalign.hallucination.files import present
+from mmalign.hallucination.judged import columns
 
 
 class AmberGenerative(Evaluator):
@@ -47,14 +49,11 @@ class AmberGenerative(Evaluator):
 
     @classmethod
     def weight_files(cls, params: Params) -> list[Path]:
-        files = [file.expanduser() for file in (params.relation, params.safe_words, params.vectors) if file]
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{file} is not there; docs/scorers/amber_generative.md says where it is from")
-        return files
+        files = [file for file in (params.relation, params.safe_words, params.vectors) if file]
+        return present(files, "docs/scorers/amber_generative.md")
 
     def score(self, batch: Batch) -> Scores:
-        return score_ready(len(batch), lambda place: self._judged(batch, place), self._collected)
+        return score_ready(len(batch), lambda place: self._judged(batch, place), lambda _, found: columns(found))
 
     def _judged(self, batch: Batch, place: int) -> dict[str, float]:
         aux = batch.aux[place]
@@ -64,10 +63,6 @@ class AmberGenerative(Evaluator):
             batch.responses[place], aux["truth"], aux.get("hallu") or [], self.things, self.vectors, self.tagger
         )
         return {"right": 1 - found["wrong"] / found["nouns"] if found["nouns"] else 1.0, **found}
-
-    @staticmethod
-    def _collected(places: Sequence[int], found: Sequence[dict[str, float]]) -> Scores:
-        return {name: torch.tensor([each[name] for each in found], dtype=torch.float64) for name in found[0]}
 
     @classmethod
     def figures(cls, params: Any, rows: Sequence[FigureRow]) -> dict[str, float | None]:

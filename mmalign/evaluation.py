@@ -214,6 +214,7 @@ class _Declared:
     """What every evaluator declares; see `Evaluator` for the meaning of each attribute."""
 
     needs: ClassVar[frozenset[str] | set[str]] = frozenset({"image"})
+    may_read: ClassVar[frozenset[str] | set[str]] = frozenset()
     modality: ClassVar[frozenset[str] | set[str]] = frozenset({"image"})
     frames: ClassVar[FramePlan] = AllFrames()
     backbones: ClassVar[Mapping[str, BackboneSpec]] = {}
@@ -266,6 +267,7 @@ class Evaluator(_Declared, ABC):
     A subclass states:
         needs: any of `NEEDS`. ``image`` asks for stills, ``frames`` for clips; the others are columns of the table.
             Without these two nothing is decoded, and the media need not be there.
+        may_read: columns that it reads where a row has them; a row without them is scored all the same.
         modality: any of ``image``, ``video`` and, for evaluators without pixels, ``text``: a row without media. Other
             rows are marked as skipped, with the reason.
         frames: which frames of a video are decoded.
@@ -358,6 +360,7 @@ def check_class(value: object, origin: str) -> type[Evaluator] | type[SetEvaluat
         for wrong, text in (
             (missing, f"does not define {' and '.join(missing)}"),
             (set(value.needs) - NEEDS, f"needs {sorted(set(value.needs) - NEEDS)}; known are {sorted(NEEDS)}"),
+            (set(value.may_read) - NEEDS | PIXELS & set(value.may_read), "may_read has to be of the table's columns"),
             (not value.needs, "needs nothing of an item; name what it reads"),
             (not media and "reference" in value.needs, "needs 'reference', so also 'image' or 'frames'"),
             (not media and gradient, "is differentiable, so it needs 'image' or 'frames'"),

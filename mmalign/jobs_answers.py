@@ -19,12 +19,15 @@ __all__ = ["Answers"]
 class Answers(Strict):
     """A benchmark that judges what a vision-language model answers: questions, and saved answers or a model."""
 
-    kind: Literal["pope", "hallusionbench", "amber", "mmhal", "questions"] = Field(
+    kind: Literal["pope", "hallusionbench", "amber", "mmhal", "object_halbench", "questions"] = Field(
         description="whose files the questions are; questions: your own, see docs/scorers/answer_questions.md"
     )
     questions: tuple[Path, ...] = Field(min_length=1, description="file or files, as the authors publish them")
     annotations: Path | None = Field(None, description="amber: annotations.json")
-    images: Path | None = Field(None, description="folder of the images; not needed for saved answers")
+    images: Path | None = Field(
+        None,
+        description="folder of the images; not needed for saved answers; object_halbench: its pictures are put there",
+    )
     responses: tuple[Path, ...] | None = Field(
         None, description="saved answers: the benchmark's own layout, or a table with sample and response"
     )

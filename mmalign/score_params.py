@@ -68,13 +68,17 @@ def further_paths(params: Strict, files: Sequence[Path], files_of: Callable[[Any
 def label_of(name: str, params: Strict, files: Sequence[Path], weight_hash: str | None) -> str:
     """The evaluator's name, with the parameters in brackets that are not at their default.
 
-    It follows from `params_text` and the weights. Paths are left out; of a text that names a folder of weights the
-    beginning of their hash is shown, and of a long value its own beginning and that of its hash.
+    It follows from `params_text` and the weights. Paths are left out, and of several their number is shown; of a text
+    that names a folder of weights the beginning of their hash, and of a long value its own beginning and that of its
+    hash.
     """
     places = _Places(files)
     changed = []
     for key, value, annotation in _fields(params):
         if isinstance(value, Path) or value == type(params).model_fields[key].default:
+            continue
+        if isinstance(value, tuple) and value and all(isinstance(each, Path) for each in value):
+            changed.append(f"{key}={len(value)} file{'s' if len(value) > 1 else ''}")
             continue
         found = places.without(value, annotation)
         changed.append(f"{key}={str(weight_hash)[:8] if found == _FILE else _short(found)}")

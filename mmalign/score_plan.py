@@ -274,7 +274,7 @@ def _found(hashes: Mapping[Any, str | MediaError], source: Source | None) -> tup
 
 
 def _key(job: Job, item: Item, dtype: str) -> str:
-    row, needs = item.row, set(job.cls.needs)
+    row, needs = item.row, {*job.cls.needs, *job.cls.may_read}
     return digest(
         job.name,
         job.cls.version,

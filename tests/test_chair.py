@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hallucination_kit import summary
 from public_kit import DATA, needs
 
 from mmalign.discovery import evaluator_class, load_evaluator
 from mmalign.evaluation import Batch, ItemErrors
 from mmalign.hallucination import chair, words
+from mmalign.hallucination.coco import Objects
+from mmalign.jobs import EvaluatorSpec, ScoreConfig
+from mmalign.score import run
 
 SYNONYMS = DATA / "chair" / "synonyms.txt"
 LINES = (
@@ -103,7 +107,7 @@ RESPONSES = {
 
 
 def test_counts_and_figures_by_hand(synonyms: Path, coco: list[Path]) -> None:
-    objects = chair.Objects(synonyms, coco)
+    objects = Objects(synonyms, coco)
     assert (objects.of(1), objects.of(2), objects.of(3)) == ({"person", "dog"}, {"bus"}, {"chair"})
     rows = [{"scores": chair.judged(text, objects.of(image), objects)} for image, text in RESPONSES.items()]
     assert [(row["scores"]["hallucinated"], row["scores"]["mentions"]) for row in rows] == [(1, 4), (3, 5), (0, 1)]
@@ -138,6 +142,17 @@ def test_the_evaluator_reads_numbers_from_names_or_aux(synonyms: Path, coco: lis
         cls.weight_files(cls.Params(**{**params, "objects": [synonyms.parent / "missing.json"]}))
 
 
+def test_a_table_of_names_and_captions_is_enough(synonyms: Path, coco: list[Path], tmp_path: Path) -> None:
+    """Nothing but samples and responses: the pictures' numbers are in their names."""
+    lines = [{"sample": f"COCO_val2014_{image:012}.jpg", "response": text} for image, text in RESPONSES.items()]
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    params = {"synonyms": synonyms, "objects": coco}
+    specs = (EvaluatorSpec(name="chair", params=params),)
+    run(ScoreConfig(table=tmp_path / "table.jsonl", output=tmp_path / "out", evaluators=specs, device="cpu"))
+    entry = summary(tmp_path / "out")["chair[objects=2 files]"]
+    assert (entry["n_ok"], entry["figures"]["chair_i"]["value"]) == (3, 4 / 10)
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [
@@ -149,7 +164,7 @@ def test_the_evaluator_reads_numbers_from_names_or_aux(synonyms: Path, coco: lis
 def test_files_that_are_not_cocos(told: Any, message: str, synonyms: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match=message):
-        chair.Objects(synonyms, [tmp_path / "bad.json"])
+        Objects(synonyms, [tmp_path / "bad.json"])
 
 
 @needs(SYNONYMS)
@@ -158,6 +173,7 @@ def test_the_published_synonyms() -> None:
     assert len(set(strict.values())) == 80
     assert strict["motor bike"] == "motorcycle"
     assert "motor bike" not in compat
+    assert strict["iphone"] == "cell phone"
     text = (
         "Two buses pass a man on a motor bike; traffic lights, three dogs, wine glasses and knives on dining tables. "
     )

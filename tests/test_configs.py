@@ -114,8 +114,12 @@ def test_shipped_scoring_configs_find_what_was_fetched(tmp_path: Path, monkeypat
             file.write_text(json.dumps({"name": name, "model_type": model_type}))
         if entry.keys == "transformers":  # a whole folder
             (weights / name / "model.safetensors").write_text(name)
+    monkeypatch.chdir(tmp_path)  # public files that no `weights fetch` gives lie where the config says, under data/
     for path in (ROOT / "configs" / "score").glob("*.yaml"):
         settings = load_job(path)
         assert isinstance(settings, ScoreConfig)
+        for name in re.findall(r"data/[\w./-]+\.(?:json|txt)\b", path.read_text(encoding="utf-8")):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name)
         jobs = make_jobs(specs(settings, plugins=False), plugins=False)
         assert all(job.weight_hash for job in jobs if job.name not in WEIGHTLESS), path

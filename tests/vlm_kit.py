@@ -89,9 +89,9 @@ def _merges(words):
     return list(pairs)
 
 
-def byte_tokenizer(special, end, **kwargs):
-    """Byte-level pairs, as Qwen's and SmolLM's; `WORDS` are single tokens with and without a space before them."""
-    merges = _merges([*("Ġ" + word for word in WORDS), *WORDS])
+def byte_tokenizer(special, end, words=WORDS, **kwargs):
+    """Byte-level pairs, as Qwen's and SmolLM's; `words` are few tokens with and without a space before them."""
+    merges = _merges([*("Ġ" + word for word in words), *words])
     entries = [*sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges), *special]
     vocab = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
     return Qwen2Tokenizer(

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from mmalign.backbones.prompt_questions import Question, read_prompts, read_questions, uncovered, write_questions
-from mmalign.backbones.vlm_loading import load_model, model_folder, unreadable
-from mmalign.weights_read import BAD_CONFIG
+from mmalign.backbones.vlm_loading import load_text_parts
 
 __all__ = ["Entailment", "Writer", "load_entailment", "load_writer", "parse_questions", "write_file"]
 
@@ -151,28 +150,14 @@ def load_writer(*, folder: str, device: torch.device, dtype: torch.dtype) -> Wri
     """Loader for a `BackboneSpec`: a folder that AutoModelForCausalLM and AutoTokenizer read; ValueError if not."""
     from transformers import AutoModelForCausalLM
 
-    return Writer(*_load(AutoModelForCausalLM, folder, dtype, "writer"), device)
+    return Writer(*load_text_parts(AutoModelForCausalLM, folder, dtype, "writer"), device)
 
 
 def load_entailment(*, folder: str, device: torch.device, dtype: torch.dtype) -> Entailment:
     """Loader for a `BackboneSpec`: a folder of a sequence classifier with a label ``entailment``; ValueError if not."""
     from transformers import AutoModelForSequenceClassification
 
-    return Entailment(*_load(AutoModelForSequenceClassification, folder, dtype, "nli"), device)
-
-
-def _load(kind: Any, folder: str, dtype: torch.dtype, parameter: str) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    model = load_model(kind, folder, dtype, parameter)
-    path = model_folder(folder, parameter)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except BAD_CONFIG as error:
-        raise unreadable(f"{parameter}: {path}", error) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return Entailment(*load_text_parts(AutoModelForSequenceClassification, folder, dtype, "nli"), device)
 
 
 def write_file(writer: Writer, prompts: Sequence[str], path: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]:

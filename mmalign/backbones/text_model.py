@@ -1,6 +1,6 @@
-"""Language models without images, addressed as image-text models are: one chat format, one writer of answers.
+"""A local model that is asked in words alone: a text model, or an image-text model that is shown nothing.
 
-A folder is what ``save_pretrained`` writes for a model that AutoModelForCausalLM loads and for its tokenizer.
+A text model's folder is what ``save_pretrained`` writes for a model that AutoModelForCausalLM loads and its tokenizer.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 
+from mmalign.backbones.vlm import load_vlm
 from mmalign.backbones.vlm_generate import Writer
-from mmalign.backbones.vlm_loading import load_model, model_folder, unreadable
+from mmalign.backbones.vlm_loading import load_text_parts, model_folder, most_tokens
 from mmalign.backbones.vlm_text import ChatFormat
-from mmalign.weights_read import BAD_CONFIG
+from mmalign.evaluation import BackboneSpec
 
-__all__ = ["TextModel", "load_text_model", "reads_images"]
+__all__ = ["TextModel", "load_text_model", "reads_images", "text_model_spec"]
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A frozen model.
+    """A frozen text model, with the parts of a `VisionLanguageModel` that need no image.
 
     Attributes:
         family: its ``model_type``.
-        words: makes the texts that it reads.
-        writer: writes answers.
+        words: makes the texts that it reads; of 0 images.
+        writer: writes answers in words.
     """
 
     family: str
@@ -35,21 +36,20 @@ class TextModel:
     writer: Writer
 
 
-class _Processor:
-    """A tokenizer where a processor is expected: messages lose their parts, which templates of text models do not
-    know."""
+class _Tokens:
+    """A tokenizer in the place of a processor: text in, text templates with plain strings for contents."""
 
     image_token = None
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
-    def __call__(self, text: list[str], **kwargs: Any) -> Any:
-        return self.tokenizer(text, **kwargs)
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        return self.tokenizer(text, return_token_type_ids=False, **options)
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        plain = [{**one, "content": "".join(part["text"] for part in one["content"])} for one in messages]
-        return str(self.tokenizer.apply_chat_template(plain, **kwargs))
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        plain = [{**each, "content": "".join(part["text"] for part in each["content"])} for each in messages]
+        return str(self.tokenizer.apply_chat_template(plain, **options))
 
 
 def reads_images(folder: str | Path, parameter: str = "model") -> bool:
@@ -69,6 +69,21 @@ def reads_images(folder: str | Path, parameter: str = "model") -> bool:
     return False
 
 
+def text_model_spec(folder: str | Path, conversation: str | None = None) -> BackboneSpec:
+    """What loads the folder's model, with `words` and `writer`; an image-text model is shared with other evaluators.
+
+    Args:
+        conversation: all that the model reads, with {question} in it, in place of its chat template.
+
+    Raises:
+        ValueError: as `reads_images`.
+    """
+    path = str(model_folder(folder))
+    if reads_images(folder):
+        return BackboneSpec.of(load_vlm, folder=path, conversation=conversation, answer_prefix=None)
+    return BackboneSpec.of(load_text_model, folder=path, conversation=conversation)
+
+
 def load_text_model(
     *,
     folder: str,
@@ -77,26 +92,19 @@ def load_text_model(
     conversation: str | None = None,
     answer_prefix: str | None = None,
 ) -> TextModel:
-    """Loader for a `BackboneSpec`; arguments as for `mmalign.backbones.vlm.load_vlm`.
+    """Loader for a `BackboneSpec`: a folder that AutoModelForCausalLM and AutoTokenizer read.
 
     Raises:
-        ValueError: no such folder, tensors that do not fit, a tokenizer that cannot be read, or neither a chat template
-            nor a conversation.
+        ValueError: another folder, tensors that do not fit, or neither a chat template nor a conversation.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model = load_model(AutoModelForCausalLM, folder, dtype)
-    path = model_folder(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except BAD_CONFIG as error:
-        raise unreadable(f"model: {path}", error) from error
+    model, tokenizer = load_text_parts(AutoModelForCausalLM, folder, dtype)
     if conversation is None and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{folder}: has no chat template; set `conversation`, with {{images}} and {{question}} in it.")
+        raise ValueError(f"{folder}: has no chat template; set `conversation`, with {{question}} in it.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    processor, family = _Processor(tokenizer), str(model.config.model_type)
-    words = ChatFormat(processor, family, conversation, answer_prefix)
-    limit = int(getattr(model.config, "max_position_embeddings", None) or 2**31)
     model = model.eval().requires_grad_(False).to(device)
-    return TextModel(family, words, Writer(model, processor, words, limit, device, dtype))
+    tokens, family = _Tokens(tokenizer), str(model.config.model_type)
+    words = ChatFormat(tokens, family, conversation, answer_prefix)
+    return TextModel(family, words, Writer(model, tokens, words, most_tokens(model.config), device, dtype))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmalign.backbones.vlm_generate import Asked, Decoding, Writer
-from mmalign.backbones.vlm_loading import load_parts
+from mmalign.backbones.vlm_loading import load_parts, most_tokens
 from mmalign.backbones.vlm_lora import merge_adapter
 from mmalign.backbones.vlm_prefix import Tokens, hidden_states
 from mmalign.backbones.vlm_text import ChatFormat, End
@@ -82,8 +82,7 @@ class VisionLanguageModel:
         self._head = model.get_output_embeddings()
         self.width = int(self._head.weight.shape[1])
         self._shared = self.family in FAMILIES
-        text = model.config.get_text_config()
-        self._limit = int(getattr(text, "max_position_embeddings", None) or 2**31)
+        self._limit = most_tokens(model.config)
         self.writer = Writer(model, processor, words, self._limit, device, dtype)
 
     # ---------------------------------------------------------------------------------------------------- images

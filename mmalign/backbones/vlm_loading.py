@@ -23,7 +23,17 @@ from mmalign.progress import quiet_transformers
 from mmalign.weights import check_scorer, read_state_dict
 from mmalign.weights_read import BAD_CONFIG, first_line
 
-__all__ = ["check_report", "load_model", "load_parts", "model_folder", "read_tensors", "unreadable", "vlm_files"]
+__all__ = [
+    "check_report",
+    "load_model",
+    "load_parts",
+    "load_text_parts",
+    "model_folder",
+    "most_tokens",
+    "read_tensors",
+    "unreadable",
+    "vlm_files",
+]
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 FILES = (
@@ -169,6 +179,29 @@ def load_model(kind: Any, folder: str | Path, dtype: torch.dtype, parameter: str
         raise unreadable(f"{parameter}: {path}", error) from error
     check_report(report, str(path))
     return model
+
+
+def load_text_parts(kind: Any, folder: str | Path, dtype: torch.dtype, parameter: str = "model") -> tuple[Any, Any]:
+    """A model as by `load_model`, which says what is refused, and its tokenizer.
+
+    A tokenizer without a padding token gets its end token.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_model(kind, folder, dtype, parameter)
+    path = model_folder(folder, parameter)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except BAD_CONFIG as error:
+        raise unreadable(f"{parameter}: {path}", error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def most_tokens(config: Any) -> int:
+    """Tokens that a model reads; a number beyond all texts where its config names none."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
 def unreadable(where: str, error: BaseException) -> ValueError:

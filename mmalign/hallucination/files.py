@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["image_path", "json_rows", "needed"]
+__all__ = ["image_path", "json_rows", "needed", "present"]
 
 
 def json_rows(file: Path) -> list[dict[str, Any]]:
@@ -38,6 +38,15 @@ def needed(row: Mapping[str, Any], where: str, *names: str) -> list[Any]:
     if absent:
         raise ValueError(f"{where}: has no {', '.join(absent)}; it has {', '.join(row)}")
     return [row[name] for name in names]
+
+
+def present(files: Sequence[Path], page: str) -> list[Path]:
+    """The files, with ~ written out. ValueError for one that is not there; `page` says where it is from."""
+    found = [file.expanduser() for file in files]
+    for file in found:
+        if not file.is_file():
+            raise ValueError(f"{file} is not there; {page} says where it is from")
+    return found
 
 
 def image_path(images: Path | None, name: str) -> str:

@@ -1,8 +1,8 @@
-"""Sub-scores of yes/no answers, as the evaluators of yes/no benchmarks give them."""
+"""Sub-scores of answers as evaluators give them, and those of yes/no answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,12 @@ from torch import Tensor
 
 from mmalign.hallucination.yes_no import Said, length
 
-__all__ = ["judged"]
+__all__ = ["columns", "judged"]
+
+
+def columns(found: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    """What was found of each of B answers, at least one, as float64 [B] by name."""
+    return {name: torch.tensor([each[name] for each in found], dtype=torch.float64) for name in found[0]}
 
 
 def judged(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmalign.hallucination import amber, hallusionbench, mmhal, pope, question_file
+from mmalign.hallucination import amber, hallusionbench, mmhal, object_halbench, pope, question_file
 from mmalign.hallucination.files import json_rows
 from mmalign.media_table import MediaRow, read_media_table
 
@@ -39,6 +39,7 @@ READERS: dict[str, Reader] = {
     "amber": Reader(amber.questions, amber.answers, annotated=True),
     "questions": Reader(question_file.questions, question_file.answers),
     "mmhal": Reader(mmhal.questions, mmhal.answers),
+    "object_halbench": Reader(object_halbench.questions, object_halbench.answers),
 }
 
 

@@ -9,7 +9,8 @@ singulariser is a list of rules here, not that library, which no longer installs
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,12 @@ MERGED = {
     "toilet seat": "toilet",
 }
 """Two words that stand for one; the original never finds "stove top oven", which is three."""
+
+JOINTS = frozenset({
+    "a", "an", "the", "of", "with", "without", "in", "on", "at", "by", "and", "or", "from", "to", "for", "under",
+    "over", "near", "behind", "beside", "next",
+})  # fmt: skip
+"""Words behind which another thing is named, or a part of the first."""
 
 IRREGULAR = {
     "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "teeth": "tooth",
@@ -99,14 +106,18 @@ def _by_rules(word: str) -> str:
     return word
 
 
-def merged(words: list[str], mode: Mode = "strict") -> list[tuple[str, int]]:
-    """Words with double ones as one, each with the place of its (first) word.
+def merged(words: list[str], mode: Mode = "strict", synonyms: Collection[str] = ()) -> list[tuple[str, int]]:
+    """Words with double ones as one, each with the place of its (first) word; strict takes those of the synonyms too.
 
     A seat beside a toilet is no chair: with both in a text the original drops every "seat", strict those next to one.
     """
     found: list[tuple[str, int]] = []
     place = 0
-    doubles = MERGED | ({"wine glas": "wine glass"} if mode == "compat" else {})
+    doubles = MERGED
+    if mode == "compat":
+        doubles = MERGED | {"wine glas": "wine glass"}
+    elif synonyms:
+        doubles = {name: name for name in synonyms if " " in name} | MERGED
     while place < len(words):
         three = " ".join(words[place : place + 3])
         two = " ".join(words[place : place + 2])
@@ -139,7 +150,9 @@ def read_synonyms(file: str | Path, mode: Mode = "strict") -> dict[str, str]:
         raise ValueError(f"{path} is empty; CHAIR's synonyms.txt has a class per line")
     found: dict[str, str] = {}
     for line in lines:
-        names = line.split(", ") if mode == "compat" else [name.strip() for name in line.split(",") if name.strip()]
+        names = line.split(", ")
+        if mode == "strict":  # "iPhone" too, since captions are read in lower case
+            names = [name.strip().lower() for name in line.split(",") if name.strip()]
         for name in names:
             found.setdefault(name, names[0])
     return found
@@ -147,6 +160,24 @@ def read_synonyms(file: str | Path, mode: Mode = "strict") -> dict[str, str]:
 
 def mentions(text: str, synonyms: Mapping[str, str], mode: Mode = "strict") -> list[tuple[str, int]]:
     """Classes that a text mentions, in order and each time, with the place of the word: [(class, place)]."""
+    words = _singular(text, synonyms, mode)
+    return [(synonyms[word], place) for word, place in merged(words, mode, synonyms) if word in synonyms]
+
+
+def named(names: Iterable[str], synonyms: Mapping[str, str]) -> list[str]:
+    """Classes of things that are named one by one, a class for each word that differs: a man and a woman are two.
+
+    What a name is of is its last word, before an "of" or the like: a table lamp is no table, a cup of tea is a cup.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        words = [word for word, _ in merged(_singular(name, synonyms), synonyms=synonyms)]
+        for word, following in zip_longest(words, words[1:]):
+            if word in synonyms and (following is None or following in JOINTS):
+                found[word] = synonyms[word]
+    return list(found.values())
+
+
+def _singular(text: str, synonyms: Mapping[str, str], mode: Mode = "strict") -> list[str]:
     known = {word for name in (*synonyms, *MERGED) for word in name.split()} | set(synonyms)
-    words = [singular(word, known, mode) for word in tokens(text, mode)]
-    return [(synonyms[word], place) for word, place in merged(words, mode) if word in synonyms]
+    return [singular(word, known, mode) for word in tokens(text, mode)]
