@@ -77,7 +77,7 @@ def rows(kind: str, seed: int, count: int) -> Path:
     model = {"path": "assets/shapes-vlm", "max_new_tokens": 64}
     build: dict[str, Any] = {"kind": "bdhs"}
     if kind == "self":
-        build = {"kind": "claims", "splitter": "shapes"}
+        build = {"kind": "claims", "split": "shapes"}
         model |= {"per_prompt": 6, "temperature": 1.0, "max_new_tokens": 64}
     config = {"rows": str(twins), "model": model, "build": build, "seed": seed, "output": str(folder)}
     return build_answers.run(BuildConfig.model_validate(config))

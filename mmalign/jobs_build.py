@@ -21,6 +21,9 @@ class Claims(Strict):
     splitter: Path | None = Field(
         None, description="folder of the model that splits answers; null: the one that answers"
     )
+    split: Literal["model", "shapes"] = Field(
+        "model", description="who splits answers: a model that is asked to, or the grammar of the shapes world"
+    )
     pairs: PositiveInt = Field(2, description="most pairs of a prompt")
     least: PositiveInt = Field(1, description="how many rejected claims a pair is apart")
     length_filter: bool = Field(True, description="drop pairs with long rejected answers until mean lengths agree")

@@ -14,9 +14,9 @@ from mmalign.paths import find
 from mmalign.shapes import vlm
 from mmalign.shapes.answers import PROMPTS, preference_row, training_row
 from mmalign.shapes.captions import COLOURS, KINDS
-from mmalign.shapes.claims import relation_holds
+from mmalign.shapes.claims import read_description, relation_holds
 from mmalign.shapes.descriptions import describe
-from mmalign.shapes.questions import FAMILIES, SPLITS, questions
+from mmalign.shapes.questions import FAMILIES, SPLITS, questions, questions_of
 from mmalign.shapes.scene import Scene, Shape
 from mmalign.shapes.typical import FAVOURITES, habits, typical_scene
 
@@ -173,3 +173,14 @@ def test_the_shipped_configs_are_what_the_module_writes(tmp_path):
     shipped = find("configs/shapes/vlm")
     for file in sorted(tmp_path.iterdir()):
         assert (Path(shipped) / file.name).read_text() == file.read_text(), file.name
+
+
+def test_questions_of_a_description() -> None:
+    told = "There is a small red circle. A blue square is to its left. The circle is left of the blue square. A cross."
+    assert questions_of(read_description(told)) == [
+        "Is there a red circle in the picture?",
+        "Is there a blue square in the picture?",
+        "Is the blue square left of the red circle?",
+        "Is the red circle left of the blue square?",
+    ]
+    assert questions_of(read_description("Nothing is there.")) == []

@@ -33,6 +33,8 @@ from mmalign.mllm.rows import AnswerRow, Turn, parts_of
 from mmalign.paths import find
 from mmalign.records import MediaRef
 from mmalign.reward_models.clip import picture
+from mmalign.shapes.claims import read_description
+from mmalign.shapes.questions import questions_of
 
 Said = Mapping[str, Any]
 
@@ -123,20 +125,26 @@ class FromClaims:
 
     def _judged(self, question: str, answer: str, image: Tensor) -> dict[str, Any]:
         """An answer with its claims and whether the model accepts each."""
-        greedy = Decoding(self.asked.max_new_tokens)
-        found = self._list(claims.SPLIT.format(question=question, answer=claims.shortened(answer)), greedy)
-        asked = (
-            self._list(claims.ASK.format(claims="\n".join(f"- {claim}" for claim in found)), greedy) if found else []
-        )
-        asked = asked[: len(found)]
+        by_rule = self.settings.split == "shapes"
+        asked = questions_of(read_description(answer)) if by_rule else self._questions(question, answer)
         accepted = []
         if asked:
             media = self.vlm.see([image[None]])
-            texts = [self.vlm.words.chat(each + claims.SUFFIX, 1) for each in asked]
+            suffix = "" if by_rule else claims.SUFFIX  # which that world's models have never read
+            texts = [self.vlm.words.chat(each + suffix, 1) for each in asked]
             choices = [[*claims.YES, *claims.NO]] * len(texts)
             for probabilities in self.vlm.log_likelihoods(media, [texts], [choices])[0]:
                 accepted.append(claims.accepted([float(each[0]) for each in probabilities]))
         return {"text": answer, "claims": asked, "accepted": accepted}
+
+    def _questions(self, question: str, answer: str) -> list[str]:
+        """What the splitter asks about an answer's claims."""
+        greedy = Decoding(self.asked.max_new_tokens)
+        found = self._list(claims.SPLIT.format(question=question, answer=claims.shortened(answer)), greedy)
+        if not found:
+            return []
+        asked = self._list(claims.ASK.format(claims="\n".join(f"- {claim}" for claim in found)), greedy)
+        return asked[: len(found)]
 
     def _list(self, text: str, decoding: Decoding) -> list[str]:
         (found,) = self.splitter.writer.write([Asked(self.splitter.words.chat(text, 0))], decoding)

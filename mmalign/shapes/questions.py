@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmalign.shapes.captions import COLOURS, KINDS
+from mmalign.shapes.claims import Claims
 from mmalign.shapes.descriptions import OPPOSITE
 from mmalign.shapes.scene import Scene, relation_of
 from mmalign.shapes.typical import FAVOURITES, habits
@@ -49,6 +50,16 @@ def questions(scene: Scene, family: str, seed: Any) -> list[Question]:
     if family == "relation":
         return relation_questions(scene, rng)
     raise ValueError(f"no family of questions is called {family!r}; there are: {', '.join(FAMILIES)}")
+
+
+def questions_of(claims: Claims) -> list[str]:
+    """A question for each mention with a colour and each relation between two such, to which yes says that it is so."""
+    named = [f"{each.colour} {each.kind}" if each.colour else "" for each in claims.mentions]
+    asked = [f"Is there a {name} in the picture?" for name in named if name]
+    asked += [
+        f"Is the {named[i]} {relation} the {named[j]}?" for i, relation, j in claims.relations if named[i] and named[j]
+    ]
+    return list(dict.fromkeys(asked))
 
 
 def existence(scene: Scene, split: str, rng: np.random.Generator) -> list[Question]:
