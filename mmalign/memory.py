@@ -111,7 +111,7 @@ def estimate(config: TrainConfig, known: Work | None = None) -> Estimate:
         return memory_autoencoder.estimate(config)
     if config.task in ("reward", "mllm"):
         raise NotEstimatedError(
-            "memory is not estimated for task: reward, whose networks are not yet made without weights; set "
+            f"memory is not estimated for task: {config.task}, whose networks are not yet made without weights; set "
             "optim.steps: 5, run it, and read memory.measured in run.json"
         )
     if config.online and known is None:
