@@ -105,7 +105,7 @@ def _summary(figures: Sequence[FigureComparison], scenes: int, seed: int, second
         if name:
             gap = each.difference
             found[name] = {
-                "base": each.value_a, "aligned": each.value_b, "difference": gap.value, "ci95": [gap.low, gap.high]
+                "base": each.value_a, "aligned": each.value_b, "difference": gap.mean, "ci95": [gap.low, gap.high]
             }  # fmt: skip
     return {**found, "scenes": scenes, "seed": seed, "seconds": round(seconds, 1)}
 

@@ -26,12 +26,15 @@ class Itself:
         assert config.model is not None
         assert config.model.lora is not None
         self.config, self.settings, self.asked = config, settings, config.model
+        lora = config.model.lora
         device, dtype = resolve_device(self.asked.device), resolve_dtype(self.asked.dtype)
         self.vlm = load_vlm(
             folder=str(find(self.asked.path)), device=device, dtype=dtype, conversation=self.asked.conversation,
-            lora=str(find(self.asked.lora)),
+            lora=str(find(lora)),
         )  # fmt: skip
-        adapters = {"last": self.asked.lora} | ({"earlier": settings.earlier} if settings.earlier else {})
+        adapters = {"last": lora}
+        if settings.earlier:
+            adapters["earlier"] = settings.earlier
         self.implicit = Implicit(self.asked.path, adapters, dtype=dtype, device=device, system=self.asked.system)
 
     def say(self, number: int, row: AnswerRow) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def teach(model: Any, steps: int = 3000, batch_size: int = 64, lr: float = 1.5e-
             pixels, told, where = _batch(seed, step * batch_size, batch_size)
             value = loss(reading(_tokens(tower, pixels)), told, where)
             optimiser.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             if step % 50 == 49:

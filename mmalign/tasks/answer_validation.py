@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.jobs import TrainConfig
+from mmalign.methods_mllm import MLLM
 from mmalign.mllm.loading import evaluating
 from mmalign.preference_row import Dropped
 from mmalign.tables import summary
@@ -29,8 +30,8 @@ def held_out(config: TrainConfig, like: Answers) -> Answers | None:
     data = config.data.model_copy(update={"table": wanted.table, "shapes": None, "limit": wanted.rows, "root": None})
     offline = config.mllm.model_copy(update={"online": None})
     own = config.model_copy(update={"data": data, "mllm": offline})
-    assert own.loss.task == "mllm"
-    rows, dropped = answer_sources.rows(own, own.loss.items)  # type: ignore[union-attr]
+    assert isinstance(own.loss, MLLM)
+    rows, dropped = answer_sources.rows(own, own.loss.items)
     made = like.of_rows(rows)
     left_out: list[Dropped] = [*dropped, *made.dropped]
     if not made.rows:
