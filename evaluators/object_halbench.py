@@ -42,7 +42,7 @@ class ObjectHalbench(Evaluator):
             extract: rules reads the words of the whole response as CHAIR does; llm has a local model list the objects.
             model: folder of that model, of text or of images and text; only with llm.
             conversation: all that it reads, with {question} in it, in place of its chat template.
-            max_new_tokens: after which its list is cut, and then cannot be read.
+            max_new_tokens: after which its answer is cut, and then is not read.
         """
 
         extract: Literal["rules", "llm"] = "rules"
@@ -106,8 +106,11 @@ class ObjectHalbench(Evaluator):
                     found[place] = error
         written = self.judge.writer.write(list(asked.values()), Decoding(self.params.max_new_tokens))
         for place, one in zip(asked, written, strict=True):
-            names = one if isinstance(one, ValueError) else listed(one.text)
-            found[place] = named(names, self.known.synonyms) if isinstance(names, list) else names
+            if isinstance(one, ValueError):
+                found[place] = one
+                continue
+            names = None if one.cut else listed(one.text)
+            found[place] = None if names is None else named(names, self.known.synonyms)
         return found
 
     @classmethod

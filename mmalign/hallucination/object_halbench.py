@@ -33,7 +33,7 @@ Rules:
 - Take only what the description itself mentions as being there. Add nothing, and correct nothing.
 - Leave out what it says is absent, only supposes, or compares something with.
 - Give the bare name of each object: no colour, size, number, material, place or action.
-- Write a JSON list of strings and nothing else, such as ["dog", "traffic light"]. If there is no object, write [].
+- Write a JSON list of strings and nothing else, as in ["name", "other name"]. If there is no object, write [].
 
 Description:
 {answer}"""
@@ -145,10 +145,12 @@ def listed(text: str) -> list[str] | None:
     """The names in a model's list of objects, blank ones left out; None where it wrote no such list.
 
     JSON, with single quotes and a last comma allowed for; whatever stands around it is passed over, and all that stands
-    before the end of a model's thinking. A list that is cut off, one that holds anything but strings, or two that
-    differ are none: nothing is guessed in their place.
+    before the end of a model's thinking. A list that is cut off, one that holds anything but strings, two that differ,
+    or one of a thought that has no end are none: nothing is guessed in their place.
     """
     text = text.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None
     lists = list(_LIST.finditer(text))
     if {opened.start() for opened in _OPENED.finditer(text)} - {each.start() for each in lists}:
         return None
