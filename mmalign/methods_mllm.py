@@ -182,7 +182,6 @@ PRESETS = {
     "mdpo": ("mDPO: answers, images and an anchor (2406.11839)", "dpo + image_dpo + anchor"),
     "mm_rlhf": ("MM-DPO: beta by the reward margin (2502.10391)", "dpo, margin"),
     "tgdpo": ("TGDPO: token rewards of a guide (2506.14574)", "dpo, tokens: guided, mllm.guide"),
-    "t_reg": ("T-REG: DPO and a regulariser on the reference's own token rewards (2412.02685)", "dpo + t_reg 0.25"),
     "sparse_po": ("SparsePO: token masks on rewards and KL (2410.05102)", "tdpo with alpha 1, tokens: sparse"),
     "v_dpo": ("V-DPO: visual guidance on the policy (2411.02712)", "dpo, visual_guidance"),
 }

@@ -127,6 +127,7 @@ LAYERS: list[set[str]] = [
         "methods_mllm_terms",
         "methods_reward",
         "objective",
+        "turns",
         "order",
         "jobs_align",
         "jobs_answers",
