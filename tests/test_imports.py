@@ -28,7 +28,6 @@ LAYERS: list[set[str]] = [
         "respond",
         "score",
         "quickstart",
-        "quickstart_answers",
         "skeletons",
         "report",
         "compare",
