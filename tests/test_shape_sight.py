@@ -19,7 +19,7 @@ def test_labels_by_hand() -> None:
     shapes = {int(cell) for cell in np.flatnonzero(told[:, 0] < len(KINDS))}
     assert shapes == {2, 15}  # the first row's third patch, and the last: a centre on the border is inside
     assert tuple(told[2]) == (KINDS.index("cross"), COLOURS.index("blue"), BACKGROUNDS.index("black"))
-    assert np.allclose(where[2], [0.5, 0.5, 0.5])
+    assert np.allclose(where[2], [40 / 64, 8 / 64, 0.5])
     assert tuple(told[15][:2]) == (KINDS.index("circle"), COLOURS.index("red"))
     assert (told[:, 2] == BACKGROUNDS.index("black")).all()
 

@@ -25,7 +25,7 @@ from mmalign.shapes.vlm import PATCH, untrained, write_vlm
 __all__ = ["Reading", "labels", "loss", "teach"]
 
 CELLS = SIDE // PATCH
-PARTS = (len(KINDS) + 1, len(COLOURS), len(BACKGROUNDS), 3)  # kind or none, colour, background, (dx, dy, radius)
+PARTS = (len(KINDS) + 1, len(COLOURS), len(BACKGROUNDS), 3)  # kind or none, colour, background, (x, y, radius)
 
 
 class Reading(nn.Module):
@@ -41,7 +41,8 @@ class Reading(nn.Module):
 
 def labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """What each patch holds, row by row: kind (the last index is none), colour, background as int64 [N, 3]; and
-    float32 [N, 3], the centre within the patch in [0, 1] and the radius in patches, where a shape is."""
+    float32 [N, 3], the centre in the picture in [0, 1] and the radius in patches, where a shape is. (A centre within its
+    patch alone left the language model without places: it told them, and relations, no better than by chance.)"""
     told = np.zeros((CELLS * CELLS, 3), np.int64)
     told[:, 0], told[:, 2] = len(KINDS), BACKGROUNDS.index(scene.background)
     where = np.zeros((CELLS * CELLS, 3), np.float32)
@@ -49,7 +50,7 @@ def labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         column, row = (min(int(value // PATCH), CELLS - 1) for value in (shape.x, shape.y))
         cell = row * CELLS + column
         told[cell, :2] = KINDS.index(shape.kind), COLOURS.index(shape.colour)
-        where[cell] = shape.x / PATCH - column, shape.y / PATCH - row, shape.radius / PATCH
+        where[cell] = shape.x / SIDE, shape.y / SIDE, shape.radius / PATCH
     return told, where
 
 
