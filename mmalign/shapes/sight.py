@@ -41,8 +41,10 @@ class Reading(nn.Module):
 
 def labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """What each patch holds, row by row: kind (the last index is none), colour, background as int64 [N, 3]; and
-    float32 [N, 3], the centre in the picture in [0, 1] and the radius in patches, where a shape is. (A centre within its
-    patch alone left the language model without places: it told them, and relations, no better than by chance.)"""
+    float32 [N, 3], the centre in the picture in [0, 1] and the radius in patches, where a shape is.
+
+    A centre within its patch leaves the language model without places: it told them, and relations, by chance.
+    """
     told = np.zeros((CELLS * CELLS, 3), np.int64)
     told[:, 0], told[:, 2] = len(KINDS), BACKGROUNDS.index(scene.background)
     where = np.zeros((CELLS * CELLS, 3), np.float32)
