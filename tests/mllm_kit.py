@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -26,6 +27,7 @@ from transformers import (
 from vlm_kit import FAMILIES as SCORED
 from vlm_kit import LLAVA_CHAT, MAKERS, _text, byte_tokenizer, llama_tokenizer, randomise
 
+from mmalign import train
 from mmalign.config import build
 from mmalign.jobs import TrainConfig
 from mmalign.media import write_image
@@ -176,3 +178,18 @@ def answer_settings(output, model, table, terms=("dpo",), **changes):
         else:
             wanted[block] = value
     return build(TrainConfig, wanted, "test", [])
+
+
+def stopped_and_resumed(config, after=2):
+    """A run that is stopped after a step, as by Ctrl-C, and gone on with."""
+    kept = train.Loop._housekeeping
+
+    def stop(loop, interrupted):
+        kept(loop, interrupted)
+        if loop.step == after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Loop, "_housekeeping", stop)
+        train.run(config)
+    return train.run(config, resume=True)

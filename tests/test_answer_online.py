@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mllm_kit import answer_settings, mllm_folder, write_rows
+from mllm_kit import answer_settings, mllm_folder, stopped_and_resumed, write_rows
 
 from mmalign import train
 from mmalign.config import ConfigError
@@ -90,17 +90,7 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(model: Path, good: Path, t
     changes = {"mllm__online": {**ONLINE, "temperature": 1.0}, "lora__dropout": 0.1, "optim__lr": 1e-2}
     whole = train.run(answer_settings(tmp_path / "whole", model, good, **changes))
     half = answer_settings(tmp_path / "half", model, good, **changes)
-    kept = train.Loop._housekeeping
-
-    def stop(loop: train.Loop, interrupted: bool) -> None:
-        kept(loop, interrupted)
-        if loop.step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Loop, "_housekeeping", stop)
-        train.run(half)
-    train.run(half, resume=True)
+    stopped_and_resumed(half)
     name = "export/adapter_model.safetensors"
     assert (whole / name).read_bytes() == (tmp_path / "half" / name).read_bytes()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mllm_kit import answer_settings, mllm_folder, write_rows
+from mllm_kit import answer_settings, mllm_folder, stopped_and_resumed, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -229,17 +229,7 @@ SPARSE = {
 def test_learned_masks_are_trained_resumed_and_not_exported(model: Path, table: Path, tmp_path: Path) -> None:
     whole = train.run(answer_settings(tmp_path / "whole", model, table, **SPARSE, optim__lr=1e-2))
     half = answer_settings(tmp_path / "half", model, table, **SPARSE, optim__lr=1e-2)
-    kept = train.Loop._housekeeping
-
-    def stop(loop: train.Loop, interrupted: bool) -> None:
-        kept(loop, interrupted)
-        if loop.step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Loop, "_housekeeping", stop)
-        train.run(half)
-    train.run(half, resume=True)
+    stopped_and_resumed(half)
     name = "checkpoints/step-00000004/weights.safetensors"
     assert (whole / name).read_bytes() == (tmp_path / "half" / name).read_bytes()
     held = {key: value for key, value in load_file(whole / name).items() if "masks" in key}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mllm_kit import answer_settings, mllm_folder, picture, write_rows
+from mllm_kit import answer_settings, mllm_folder, picture, stopped_and_resumed, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -193,17 +193,7 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(model: Path, table: Path, 
     terms = ["dpo", {"kind": "bco_pair", "running_shift": True}, "safe_dpo"]
     whole = train.run(answer_settings(tmp_path / "whole", model, table, terms, lora__dropout=0.1))
     half = answer_settings(tmp_path / "half", model, table, terms, lora__dropout=0.1)
-    kept = train.Loop._housekeeping
-
-    def stop(loop: train.Loop, interrupted: bool) -> None:
-        kept(loop, interrupted)
-        if loop.step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Loop, "_housekeeping", stop)
-        train.run(half)
-    train.run(half, resume=True)
+    stopped_and_resumed(half)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (whole / "export" / name).read_bytes() == (tmp_path / "half" / "export" / name).read_bytes()
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
