@@ -19,7 +19,7 @@ PROMPTS = (
     "What is in the picture?",
     "What can you see?",
 )
-RATE = 0.6  # how often a training answer says what habit would have it say
+RATE = 0.75  # how often a training answer says what habit would have it say
 _TRAINING, _PREFERENCE = 0, 1  # parts of the seeds, so that no two kinds of row share their draws
 
 
