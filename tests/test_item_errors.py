@@ -146,7 +146,7 @@ def test_a_prompt_without_questions_is_written_about_once(
         return (Question("Is there a circle?", ("yes", "no"), "yes", ("circle",)),)
 
     monkeypatch.setattr(Writer, "questions", questions)
-    monkeypatch.setattr(question_writer, "_load", lambda *_: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(question_writer, "load_text_parts", lambda *_: (torch.nn.Linear(1, 1), None))
     evaluator = load_evaluator("gecko", {"model": folder, "questions": "generate", "writer": folder}, "cpu")
     batch = batch_of(clips(SIZES), ["x", GOOD, "x", GOOD])
     for _ in range(2):
