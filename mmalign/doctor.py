@@ -29,7 +29,11 @@ class Part:
 
 
 OPTIONAL = (
-    Part("bitsandbytes", "8-bit Adam: optim.optimizer: adamw8bit", "pip install bitsandbytes"),
+    Part(
+        "bitsandbytes",
+        "8-bit Adam (optim.optimizer: adamw8bit), 4- and 8-bit weights (mllm.quantise)",
+        "pip install bitsandbytes",
+    ),
     Part("wandb", "tracking: log.trackers: [wandb]", "pip install wandb"),
     Part("trackio", "tracking without an account: log.trackers: [trackio]", "pip install trackio"),
     Part("deepspeed", "sharded training through accelerate launch", "pip install deepspeed"),

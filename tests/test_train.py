@@ -314,12 +314,6 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(
     assert torch.isfinite(counting[0].weight).all()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_eight_bit_adam_says_what_to_install(counting: list[_Counting], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="adamw8bit needs bitsandbytes; install it with `pip install bitsandbytes`"):
-        train.run(config(tmp_path / "run", tmp_path, tmp_path, optim__optimizer="adamw8bit"))
-
-
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
 def test_a_tracker_that_is_not_installed_is_named(
     tmp_path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch

@@ -235,7 +235,7 @@ def adapters_off(model: Any) -> Iterator[None]:
     """The base model inside, without dropout: as a reference is asked."""
     states = [(module, module.training) for module in model.modules()]
     model.disable_adapters()
-    model.eval()
+    _still(model)
     try:
         yield
     finally:
@@ -248,10 +248,19 @@ def adapters_off(model: Any) -> Iterator[None]:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """No dropout and no gradients inside; every part's mode is as it was afterwards."""
     modes = {part: part.training for part in module.modules()}
-    module.eval()
+    _still(module)
     try:
         with torch.no_grad():
             yield
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def _still(model: nn.Module) -> None:
+    """Evaluation mode, but for layers that bitsandbytes keeps in 8 bits: on a CPU their inputs are floats in training
+    and 8 bits in evaluation, and a policy without its adapter has to be its reference."""
+    model.eval()
+    for part in model.modules():
+        if type(part).__name__ == "Linear8bitLt" and type(part).__module__.startswith("bitsandbytes"):
+            part.training = True
