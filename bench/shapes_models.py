@@ -3,6 +3,7 @@
 shapes-sd, shapes-flow: share of pictures for held-out captions with exactly the asked shapes and colours, by reader.
 shapes-video: share of clips that keep everything their held-out captions ask, by reader, and the mean of each axis.
 shapes-clip: share of held-out pairs that the scorer orders as the annotator's noise-free utility does.
+shapes-vlm: hallucinated mentions, recall and the rest of `shapes_claims`, and yes/no accuracies, on scenes of its own.
 The autoencoders: the same shares on reconstructions of perfect drawings, which bound what the generators can reach.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from mmalign.jobs import SampleConfig
 from mmalign.jobs_inputs import Model
 from mmalign.models import base
 from mmalign.paths import find
+from mmalign.quickstart_answers import ask, judge
+from mmalign.shapes import benchmark
 from mmalign.shapes.axes import AXES, axes, everything, kept
 from mmalign.shapes.captions import captions
 from mmalign.shapes.clip import FPS
@@ -149,13 +153,23 @@ def scorer(folder: Path, count: int, seed: int, annotator: str) -> dict[str, Any
     return {"pairwise_accuracy": share(clean), "pairwise_accuracy_noisy_labels": share(noisy)}
 
 
+def describer(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Every figure of what a model says of scenes, with its interval over scenes."""
+    with tempfile.TemporaryDirectory() as place:
+        table = benchmark.write(Path(place) / "questions", count, seed)
+        scored = judge(ask(table, Path(place) / "answers", model=folder), Path(place) / "scores")
+        told = json.loads((scored / "summary.json").read_text())["evaluators"]
+    return {f"{name}/{figure}": each for name in told for figure, each in told[name].get("figures", {}).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd", type=Path, default=find("assets/shapes-sd"))
     parser.add_argument("--flow", type=Path, default=find("assets/shapes-flow"))
     parser.add_argument("--clip", type=Path, default=find("assets/shapes-clip"))
     parser.add_argument("--video", type=Path, default=find("assets/shapes-video"))
-    parser.add_argument("--only", choices=("sd", "flow", "vae", "video", "video-vae", "clip"))
+    parser.add_argument("--vlm", type=Path, default=find("assets/shapes-vlm"))
+    parser.add_argument("--only", choices=("sd", "flow", "vae", "video", "video-vae", "clip", "vlm"))
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--set", action="append", default=[], help="as in mmalign sample: guidance_scale=3")
@@ -168,6 +182,7 @@ def main() -> None:
         "video": lambda: moving(args.video, args.count, args.seed, args.set),
         "video-vae": lambda: clip_autoencoder(args.video, args.count, args.seed),
         "clip": lambda: scorer(args.clip, args.count, args.seed, args.annotator),
+        "vlm": lambda: describer(args.vlm, args.count, args.seed),
     }
     for name, job in jobs.items():
         if args.only in (None, name):

@@ -1,4 +1,5 @@
-"""The generators in assets/, as plain diffusers loads them: they draw what is asked more often than not."""
+"""The models in assets/, as plain diffusers and transformers load them: they draw what is asked, and say what is there,
+more often than not."""
 
 from __future__ import annotations
 
@@ -8,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, WanPipeline
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmalign.paths import find
+from mmalign.shapes.answers import PROMPTS, prompt, scene_at
 from mmalign.shapes.axes import kept
 from mmalign.shapes.captions import captions
+from mmalign.shapes.claims import judge, read_description, summary
 from mmalign.shapes.clip import FPS
 from mmalign.shapes.clip_reader import read_clip
 from mmalign.shapes.motion import motions
 from mmalign.shapes.reader import fidelity, read
+from mmalign.shapes.scene import render
 
 ONE_SHAPE = (1.0, 0.0, 0.0)
 
@@ -74,3 +80,24 @@ def test_held_out_captions_of_one_moving_shape_are_drawn() -> None:
     for part, chance in (("kind 0", 0.5), ("colour 0", 0.4), ("direction 0", 0.45)):
         assert right(part) > 0.6, part  # assets/README.md has the shares over more captions
         assert right(part, 1) < chance, part
+
+
+def test_held_out_scenes_are_described_and_some_things_made_up() -> None:
+    """As plain transformers loads it: most shapes are found, and habit shows (assets/README.md has the figures)."""
+    folder = find("assets/shapes-vlm")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processor.tokenizer.padding_side = "left"
+    scenes = [scene_at(77, index) for index in range(100)]
+    text = processor.apply_chat_template(prompt(PROMPTS[1]), add_generation_prompt=True)
+    pictures = [Image.fromarray(render(scene)) for scene in scenes]
+    inputs = processor(text=[text] * len(scenes), images=pictures, return_tensors="pt", padding=True)
+    written = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    told = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+    found = summary(judge(read_description(each), scene) for each, scene in zip(told, scenes, strict=True))
+    assert found["recall"] > 0.7
+    assert 0.03 < found["chair_i"] < 0.35
+    others = summary(
+        judge(read_description(each), scene) for each, scene in zip(told, scenes[1:] + scenes[:1], strict=True)
+    )
+    assert others["chair_i"] > found["chair_i"] + 0.2  # it looks

@@ -130,6 +130,9 @@ class TestJobs:
         job("quickstart", lambda output, **options: calls.append((output, options)))
         assert run("quickstart", "--seed", "3", "--short", "--output", "q")[0] == 0
         assert calls == [(Path("q"), {"seed": 3, "short": True})]
+        job("quickstart_answers", lambda output, **options: calls.append((output, options)))
+        assert run("quickstart", "--answers", "--seed", "2")[0] == 0
+        assert calls[1] == (Path("runs/quickstart-answers"), {"seed": 2, "short": False})
 
     def test_a_config_of_another_job_names_its_verb(self, run: Run, tmp_path: Path) -> None:
         (tmp_path / "x.yaml").write_text(SCORE)

@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
         "respond",
         "score",
         "quickstart",
+        "quickstart_answers",
         "skeletons",
         "report",
         "compare",

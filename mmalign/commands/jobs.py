@@ -32,6 +32,9 @@ def quickstart(
     short: Annotated[
         bool, typer.Option("--short", help="Fewer pairs and steps: shows that all parts work, proves nothing.")
     ] = False,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="A vision-language model that describes, instead of one that draws.")
+    ] = False,
 ) -> None:
     """Run the whole story on a CPU: sample, label, align with Diffusion-DPO, sample again, score, report.
 
@@ -42,10 +45,17 @@ def quickstart(
         mmalign quickstart
 
         mmalign quickstart --seed 3 --output runs/quickstart-3
-    """
-    from mmalign.quickstart import run
 
-    run(output or Path("runs/quickstart"), seed=seed, short=short)
+        mmalign quickstart --answers    (a vision-language model, DPO against what it makes up)
+    """
+    if answers:
+        from mmalign.quickstart_answers import run
+
+        run(output or Path("runs/quickstart-answers"), seed=seed, short=short)
+    else:
+        from mmalign.quickstart import run as run_pictures
+
+        run_pictures(output or Path("runs/quickstart"), seed=seed, short=short)
 
 
 def train(
