@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmalign import tasks
 from mmalign.config import build
 from mmalign.jobs import TrainConfig
+from mmalign.losses import answer_terms
+from mmalign.losses.answers import Score, Scores
 from mmalign.media import write_image
 from mmalign.mllm import loading
 
@@ -104,18 +107,20 @@ def _rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     return home / "rows.jsonl", rows
 
 
-def _theirs(folder: Path, rows: list[dict[str, Any]], output: Path, **settings: Any) -> tuple[float, dict[str, Tensor]]:
+def _theirs(
+    folder: Path, rows: list[dict[str, Any]], output: Path, kind: str = "DPO", **settings: Any
+) -> tuple[float, dict[str, Tensor]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, reference = (
             AutoModelForImageTextToText.from_pretrained(folder / name, dtype=torch.float32)
             for name in ("policy", "reference")
         )
-        arguments = trl.DPOConfig(
+        arguments = getattr(trl, f"{kind}Config")(
             output_dir=str(output), per_device_train_batch_size=len(rows), max_length=None, report_to=[], use_cpu=True,
             bf16=False, beta=BETA, remove_unused_columns=False, gradient_checkpointing=False, **settings,
         )  # fmt: skip
-        trainer = trl.DPOTrainer(
+        trainer = getattr(trl, f"{kind}Trainer")(
             model=model, ref_model=reference, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
             processing_class=AutoProcessor.from_pretrained(folder / "policy"),
         )  # fmt: skip
@@ -138,38 +143,88 @@ def _ours(folder: Path, table: Path, output: Path, **loss: Any) -> tuple[float, 
     return value.item(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}, metrics
 
 
-def _agree(ours: tuple[float, dict[str, Tensor], Any], theirs: tuple[float, dict[str, Tensor]]) -> None:
+def _agree(ours: tuple[float, dict[str, Tensor], Any], theirs: tuple[float, dict[str, Tensor]], record: Any) -> None:
+    """`record` writes the differences into a report (`--junitxml`), from which the table in docs/mllm.md is made."""
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in theirs[1].values())
     assert largest > 1e-4
     assert any("language_model" in name or "text_model" in name for name in ours[1])
+    worst = max(float((gradient - theirs[1][name]).abs().max()) for name, gradient in ours[1].items()) / largest
+    record("loss", f"{theirs[0]:.6f}")
+    record("value", f"{abs(ours[0] / theirs[0] - 1):.1e}")
+    record("gradient", f"{worst:.1e}")
     for name, gradient in ours[1].items():
         torch.testing.assert_close(gradient, theirs[1][name], rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_trls(name: str, home: Path, rows: Any, tmp_path: Path) -> None:
+def test_a_loss_is_trls(name: str, home: Path, rows: Any, tmp_path: Path, record_property: Any) -> None:
     settings, own = LOSSES[name]
     theirs = _theirs(home / "qwen2_5_vl", rows[1], tmp_path, **settings)
     ours = _ours(home / "qwen2_5_vl", rows[0], tmp_path, terms=[{"kind": name.partition(":")[0], **own}])
-    _agree(ours, theirs)
+    _agree(ours, theirs, record_property)
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
-def test_other_families_are_trls(name: str, family: str, home: Path, rows: Any, tmp_path: Path) -> None:
+def test_other_families_are_trls(
+    name: str, family: str, home: Path, rows: Any, tmp_path: Path, record_property: Any
+) -> None:
     settings, own = LOSSES[name]
     theirs = _theirs(home / family, rows[1], tmp_path, **settings)
-    _agree(_ours(home / family, rows[0], tmp_path, terms=[{"kind": name, **own}]), theirs)
+    _agree(_ours(home / family, rows[0], tmp_path, terms=[{"kind": name, **own}]), theirs, record_property)
 
 
-def test_mpo_and_ld_dpo_are_trls(home: Path, rows: Any, tmp_path: Path) -> None:
+def test_mpo_and_ld_dpo_are_trls(home: Path, rows: Any, tmp_path: Path, record_property: Any) -> None:
     weights = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
     theirs = _theirs(
         home / "qwen2_5_vl", rows[1], tmp_path, loss_type=list(weights), loss_weights=list(weights.values())
     )
     terms = [{"kind": name.replace("sigmoid", "dpo"), "weight": weight} for name, weight in weights.items()]
-    _agree(_ours(home / "qwen2_5_vl", rows[0], tmp_path, terms=terms), theirs)
+    _agree(_ours(home / "qwen2_5_vl", rows[0], tmp_path, terms=terms), theirs, record_property)
     theirs = _theirs(home / "qwen2_5_vl", rows[1], tmp_path, ld_alpha=0.3)
     ours = _ours(home / "qwen2_5_vl", rows[0], tmp_path, tokens={"kind": "ld", "alpha": 0.3})
-    _agree(ours, theirs)
+    _agree(ours, theirs, record_property)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_kto_is_trls(family: str, home: Path, rows: Any, tmp_path: Path, record_property: Any) -> None:
+    """Both kinds of answers, weighted; the drift of the policy is measured on answers to other rows' prompts."""
+    lines, single = [], []
+    for i, row in enumerate(rows[1]):
+        good = i != 1
+        told = {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+        single.append({"images": row["images"], **told})
+        lines.append(json.dumps({"images": [str(rows[0].parent / f"{i}.png")], **told}))
+    (tmp_path / "single.jsonl").write_text("\n".join(lines))
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.6}
+    theirs = _theirs(home / family, single, tmp_path, "KTO", **weights)
+    ours = _ours(home / family, tmp_path / "single.jsonl", tmp_path, terms=[{"kind": "kto", **weights}])
+    _agree(ours, theirs, record_property)
+
+
+def test_the_terms_of_orpo_and_simpo_are_trls() -> None:
+    """Their trainers take no images, so their functions are given mean log-probabilities; ORPO's, its odds alone."""
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3.0, 7.0, 5.0])
+    means = -3 * torch.rand(2, 3, generator=generator)
+    settings = {"beta": 2.0, "accelerator": SimpleNamespace(device="cpu"), "alpha": 0.0, "label_smoothing": 0.0}
+    trainer = SimpleNamespace(**settings, loss_type="simpo", simpo_gamma=0.6)
+    gradients = []
+    for own in (True, False):
+        given = means.clone().requires_grad_()
+        if own:
+            none = torch.zeros(3)
+            scores = Scores(*(Score(each * lengths, none, lengths) for each in given))
+            simpo = answer_terms.simpo(scores, beta=2.0, gamma=0.6)
+            orpo = answer_terms.orpo(scores, beta=2.0) + given[0]
+        else:
+            simpo = CPOTrainer.cpo_loss(trainer, *given)[0]
+            orpo = -ORPOTrainer.odds_ratio_loss(trainer, *given)[0]
+        found = [torch.autograd.grad(loss.sum(), given, retain_graph=True)[0] for loss in (simpo, orpo)]
+        gradients.append((simpo.detach(), orpo.detach(), *found))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

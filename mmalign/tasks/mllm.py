@@ -268,12 +268,10 @@ class MLLMTask:
 
     @torch.no_grad()
     def _drift(self, encoded: Sequence[Encoded], seen: dict[int, Any], alone: bool) -> Tensor:
-        """KTO's z_0: how far the policy is from the reference on the batch's answers to other rows' prompts, in nats
-        per answer and not below 0; 0 where there is no other row."""
+        """KTO's z_0: how far the policy is from the reference on the batch's answers to other rows' prompts (each to
+        the prompt of the next row, as in TRL), in nats per answer and not below 0; 0 where there is no other row."""
         size = len(encoded)
-        asks = [
-            Branching(encoded[i].prompt, encoded[(i + 1) % size].answers[:1]) for i in range(size if size > 1 else 0)
-        ]
+        asks = [Branching(encoded[i].prompt, encoded[i - 1].answers[:1]) for i in range(size if size > 1 else 0)]
         totals = torch.zeros(2, device=self.device)
         if asks:
             ids = answer_flat.ids(asks).to(self.device)
