@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,14 @@ def prepare(
     return wrapped, prepared
 
 
+def adding_up(made: Accelerator, wrapped: nn.Module, optimizer: Any, last: bool) -> AbstractContextManager[Any]:
+    """Around the forward of a micro-batch: gradients are sent with the last one of a step, where they can wait."""
+    return nullcontext() if last or isinstance(optimizer, zero.SharedAdamW) else made.no_sync(wrapped)
+
+
 def backward(made: Accelerator, optimizer: Any, loss: Tensor, last: bool) -> None:
     """Gradients of a micro-batch; `last`: of a step."""
-    if isinstance(optimizer, zero.Cut):
+    if isinstance(optimizer, zero.SharedAdamW):
         optimizer.backward(loss, last)
     else:
         made.backward(loss)
@@ -130,7 +136,7 @@ def backward(made: Accelerator, optimizer: Any, loss: Tensor, last: bool) -> Non
 
 def clip(made: Accelerator, optimizer: Any, parameters: Sequence[Tensor], limit: float) -> Tensor:
     """Clips the gradient to the norm `limit` in all processes together; its norm before that, float32 scalar."""
-    if isinstance(optimizer, zero.Cut):
+    if isinstance(optimizer, zero.SharedAdamW):
         return optimizer.clip()
     norm: Tensor = whole(torch.as_tensor(made.clip_grad_norm_(parameters, limit)))
     return norm
@@ -150,7 +156,7 @@ def is_shared(made: Accelerator) -> bool:
 
 def takes_all(made: Accelerator, optimizer: Any) -> bool:
     """Whether a checkpoint is put together from the shares of all processes."""
-    return is_shared(made) or isinstance(optimizer, zero.Cut)
+    return is_shared(made) or isinstance(optimizer, zero.SharedAdamW)
 
 
 def any_process(made: Accelerator, flag: bool) -> bool:

@@ -236,7 +236,7 @@ class TrainConfig(Strict):
         if self.task not in ("preference", "sft"):
             raise ValueError(f"optim.offload is for the tasks preference and sft; drop it from task {self.task}")
         if self.sharding != "none":
-            raise ValueError(f"optim.offload goes with one way to save memory, and sharding: {self.sharding} is another; drop one")
+            raise ValueError(f"optim.offload and sharding: {self.sharding} each move the model about; drop one")
         if "text_encoder" in wanted and self.optim.train_text_encoder:
             raise ValueError("optim.offload: a text encoder that is trained stays on the device; drop one of the keys")
         if "reference" in wanted and self.optim.compile:

@@ -177,12 +177,8 @@ class Loop:
             noise.generator("step", self.config.seed, self.step, micro, self.accelerator.process_index).initial_seed()
         )
         last = micro + 1 == optim.accumulate
-        with self.accelerator.autocast():
-            if last:
-                loss, metrics = self.wrapped(batch)
-            else:
-                with self.accelerator.no_sync(self.wrapped):
-                    loss, metrics = self.wrapped(batch)
+        with self.accelerator.autocast(), distributed.adding_up(self.accelerator, self.wrapped, self.optimizer, last):
+            loss, metrics = self.wrapped(batch)
         if not torch.isfinite(loss):
             raise self._not_finite("loss", loss, batch)
         distributed.backward(self.accelerator, self.optimizer, loss / optim.accumulate, last)

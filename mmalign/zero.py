@@ -31,7 +31,7 @@ def check() -> None:
         ) from error
 
 
-def prepare(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Any, Cut]:
+def prepare(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Any, SharedAdamW]:
     """DeepSpeed's engine around the module, and the optimiser as the loop knows it."""
     import deepspeed
 
@@ -45,10 +45,10 @@ def prepare(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCo
         "zero_allow_untested_optimizer": True, "steps_per_print": 10**12,
     }  # fmt: skip
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
-    return engine, Cut(engine, trained)
+    return engine, SharedAdamW(engine, trained)
 
 
-class Cut:
+class SharedAdamW:
     """An AdamW whose moments are cut among processes. All of them have to call its methods."""
 
     def __init__(self, engine: Any, parameters: Sequence[nn.Parameter]):
