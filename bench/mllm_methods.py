@@ -41,7 +41,7 @@ from mmalign.shapes.questions import SPLITS
 from mmalign.tasks.answer_sources import DrawnRows
 
 LINES, WORK = Path("bench/mllm_methods.jsonl"), Path("runs/bench-mllm")
-SCENES, STEPS, PAIRS, LR = 500, 150, 32, 1e-3
+SCENES, STEPS, PAIRS, LR = 300, 120, 32, 1e-3
 SCENE_SEED = 7  # of the scenes that are judged; training rows have other seeds
 _DPO: dict[str, Any] = {"terms": [{"kind": "dpo"}]}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""Several processes of one run, through accelerate: copies of the model (DDP), or a share of it each (FSDP2).
+"""Several processes of one run, through accelerate: copies of the model (DDP), or a share of it each (FSDP2, ZeRO).
 
 A checkpoint and an export hold whole tensors however the run is laid out, so that one process can go on where two
 stopped, and the other way round.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mmalign import zero
 from mmalign.jobs import TrainConfig
 
 PATIENCE = timedelta(hours=2)
@@ -34,7 +36,7 @@ PATIENCE = timedelta(hours=2)
 
 _ELSEWHERE = {
     "ACCELERATE_USE_FSDP": "use_fsdp: write `sharding: fsdp2` into the config",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which mmalign does not use: write `sharding: fsdp2` into the config",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: write `sharding: zero2` into the config",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which mmalign does not use: write `sharding: fsdp2` into the config",
 }
 
@@ -56,6 +58,8 @@ def accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
     if device.index is not None:
         torch.cuda.set_device(device)
     plugin = _plugin() if config.sharding == "fsdp2" else None
+    if config.sharding == "zero2":
+        zero.check()
     made = Accelerator(
         mixed_precision=precision, cpu=device.type == "cpu", log_with=list(config.log.trackers) or None,
         project_dir=config.output, fsdp_plugin=plugin,
@@ -66,13 +70,13 @@ def accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
         ],
     )  # fmt: skip
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by the line above, for launchers that are not used here
+    if config.sharding != "none" and made.num_processes == 1:
+        raise ValueError(
+            f"sharding: {config.sharding} shares a model among processes, and there is one; start several with "
+            "`accelerate launch --num_processes 2 -m mmalign train ...` (on CPUs `torchrun --nproc-per-node 2 -m "
+            "mmalign train ...`), or use sharding: none"
+        )
     if plugin is not None:
-        if made.num_processes == 1:
-            raise ValueError(
-                "sharding: fsdp2 shares a model among processes, and there is one; start several with "
-                "`accelerate launch --num_processes 2 -m mmalign train ...` (on CPUs `torchrun --nproc-per-node 2 -m "
-                "mmalign train ...`), or use sharding: none"
-            )
         _on_cpu_too(made, plugin)
     return made
 
@@ -95,13 +99,15 @@ def _on_cpu_too(made: Accelerator, plugin: FullyShardedDataParallelPlugin) -> No
 
 
 def prepare(
-    made: Accelerator, module: nn.Module, task: Any, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, with what a task's modules need of DDP or FSDP2.
+    made: Accelerator, module: nn.Module, task: Any, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> tuple[Any, Any]:
+    """`accelerator.prepare`, with what a task's modules need of DDP, FSDP2 or ZeRO.
 
     Under FSDP2 the blocks of the task's network are gathered one after the other, what is outside of blocks with the
     whole module.
     """
+    if config.sharding == "zero2":
+        return zero.prepare(module, optimizer, config)
     if is_shared(made):
         if getattr(task, "frozen", None) is not None:
             module.reference = task.frozen  # shared like the policy; nothing of it is trained or saved
@@ -115,6 +121,27 @@ def prepare(
     return wrapped, prepared
 
 
+def adding_up(made: Accelerator, wrapped: nn.Module, optimizer: Any, last: bool) -> AbstractContextManager[Any]:
+    """Around the forward of a micro-batch: gradients are sent with the last one of a step, where they can wait."""
+    return nullcontext() if last or isinstance(optimizer, zero.SharedAdamW) else made.no_sync(wrapped)
+
+
+def backward(made: Accelerator, optimizer: Any, loss: Tensor, last: bool) -> None:
+    """Gradients of a micro-batch; `last`: of a step."""
+    if isinstance(optimizer, zero.SharedAdamW):
+        optimizer.backward(loss, last)
+    else:
+        made.backward(loss)
+
+
+def clip(made: Accelerator, optimizer: Any, parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """Clips the gradient to the norm `limit` in all processes together; its norm before that, float32 scalar."""
+    if isinstance(optimizer, zero.SharedAdamW):
+        return optimizer.clip()
+    norm: Tensor = whole(torch.as_tensor(made.clip_grad_norm_(parameters, limit)))
+    return norm
+
+
 def _blocks(network: nn.Module) -> list[str]:
     """Class names of a network's blocks, as diffusers and transformers list them for splitting over devices."""
     names = set(getattr(network, "_no_split_modules", None) or ())
@@ -125,6 +152,11 @@ def _blocks(network: nn.Module) -> list[str]:
 def is_shared(made: Accelerator) -> bool:
     """Whether each process holds only a part of the model."""
     return made.distributed_type == DistributedType.FSDP
+
+
+def takes_all(made: Accelerator, optimizer: Any) -> bool:
+    """Whether a checkpoint is put together from the shares of all processes."""
+    return is_shared(made) or isinstance(optimizer, zero.SharedAdamW)
 
 
 def any_process(made: Accelerator, flag: bool) -> bool:

@@ -36,7 +36,7 @@ OPTIONAL = (
     ),
     Part("wandb", "tracking: log.trackers: [wandb]", "pip install wandb"),
     Part("trackio", "tracking without an account: log.trackers: [trackio]", "pip install trackio"),
-    Part("deepspeed", "sharded training through accelerate launch", "pip install deepspeed"),
+    Part("deepspeed", "sharding: zero2", "pip install deepspeed"),
     Part("ray", "scoring by Ray Data: engine: ray", "pip install 'mmalign[ray]'"),
     Part("pytest", "the test suite", "pip install -e '.[test]'"),
     Part("ruff", "linting and formatting", "pip install -e '.[dev]'"),

@@ -115,8 +115,10 @@ class TrainConfig(Strict):
     ema: EMA | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = Field("auto", description="auto: cuda when present, else cpu")
-    sharding: Literal["none", "fsdp2"] = Field(
-        "none", description="with several processes: the model in each of them, or a share in each"
+    sharding: Literal["none", "fsdp2", "zero2"] = Field(
+        "none",
+        description="with several processes: all in each of them; a share of everything (fsdp2); whole weights, and a "
+        "share of gradients and moments (zero2, DeepSpeed)",
     )
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
@@ -197,10 +199,10 @@ class TrainConfig(Strict):
             raise ValueError("online rounds set the reference themselves; drop reference.model and reference.lora")
 
     def _scaled(self) -> None:
-        denoising, shared = self.task in ("preference", "sft"), self.sharding != "none"
+        denoising, shared = self.task in ("preference", "sft"), self.sharding == "fsdp2"
         if self.optim.compile and not denoising:
             raise ValueError(f"optim.compile is for denoisers, not for task {self.task}; drop it")
-        if shared and not denoising and self.task != "mllm":
+        if self.sharding != "none" and not denoising and self.task != "mllm":
             raise ValueError(f"sharding is for denoisers and task mllm, not for task {self.task}; drop it")
         stopping = self.guards.early_stopping
         if stopping and stopping.every > self.optim.steps:
@@ -224,6 +226,8 @@ class TrainConfig(Strict):
                 "sharding: fsdp2 goes with optimizer adamw and without optim.train_text_encoder; change these, or use "
                 "sharding: none"
             )
+        if self.sharding == "zero2" and (self.optim.optimizer != "adamw" or self.precision == "fp16"):
+            raise ValueError("sharding: zero2 goes with optimizer adamw and precision fp32 or bf16; change these")
 
     def _offloaded(self) -> None:
         wanted = self.optim.offload
@@ -232,7 +236,7 @@ class TrainConfig(Strict):
         if self.task not in ("preference", "sft"):
             raise ValueError(f"optim.offload is for the tasks preference and sft; drop it from task {self.task}")
         if self.sharding != "none":
-            raise ValueError("optim.offload keeps whole parts in CPU memory, and sharding: fsdp2 cuts them; drop one")
+            raise ValueError(f"optim.offload and sharding: {self.sharding} each move the model about; drop one")
         if "text_encoder" in wanted and self.optim.train_text_encoder:
             raise ValueError("optim.offload: a text encoder that is trained stays on the device; drop one of the keys")
         if "reference" in wanted and self.optim.compile:

@@ -100,7 +100,7 @@ def check(config: Any) -> None:
     model = sorted(name for name in type(config.model).model_fields if name not in MODEL and _given(config.model, name))
     blocks = sorted(name for name in GENERATORS if _given(config, name))
     quantised, lora = config.mllm.quantise != "none", config.lora
-    cached, shared = config.reference.kind == "cached", config.sharding != "none"
+    cached, shared = config.reference.kind == "cached", config.sharding == "fsdp2"
     problems = [
         (bool(images), f"data.{images[0] if images else ''} is about generated pictures; drop it from task mllm"),
         (bool(model), f"model.{model[0] if model else ''} is for generators; drop it from task mllm"),

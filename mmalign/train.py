@@ -103,7 +103,7 @@ class Loop:
             num_warmup_steps=config.optim.warmup,
             num_training_steps=config.optim.steps,
         )
-        self.wrapped, self.optimizer = distributed.prepare(accelerator, self.module, task, optimizer)
+        self.wrapped, self.optimizer = distributed.prepare(accelerator, self.module, task, optimizer, config)
         self.named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}  # FSDP has changed them
         self.parameter_count = sum(p.numel() for p in self.named.values())
         assert self.named, "nothing to train"
@@ -177,15 +177,11 @@ class Loop:
             noise.generator("step", self.config.seed, self.step, micro, self.accelerator.process_index).initial_seed()
         )
         last = micro + 1 == optim.accumulate
-        with self.accelerator.autocast():
-            if last:
-                loss, metrics = self.wrapped(batch)
-            else:
-                with self.accelerator.no_sync(self.wrapped):
-                    loss, metrics = self.wrapped(batch)
+        with self.accelerator.autocast(), distributed.adding_up(self.accelerator, self.wrapped, self.optimizer, last):
+            loss, metrics = self.wrapped(batch)
         if not torch.isfinite(loss):
             raise self._not_finite("loss", loss, batch)
-        self.accelerator.backward(loss / optim.accumulate)
+        distributed.backward(self.accelerator, self.optimizer, loss / optim.accumulate, last)
         return {"loss": loss.detach(), **metrics}
 
     def _not_finite(self, what: str, value: Tensor, batch: dict[str, Any]) -> ValueError:
@@ -199,7 +195,7 @@ class Loop:
         """One optimiser step; the norm of the gradient before clipping. `batch` is named if that is not finite."""
         parameters = list(self.named.values())
         limit = self.config.optim.max_grad_norm or float("inf")
-        norm = distributed.whole(torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit)))
+        norm = distributed.clip(self.accelerator, self.optimizer, parameters, limit)
         if not torch.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such a step by itself
             raise self._not_finite("gradient norm", norm, batch)
         self.optimizer.step()
@@ -234,7 +230,7 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of this step: written by the main process, from the shares of all."""
         main = self.accelerator.is_main_process
-        if self.saved == self.step or not (main or distributed.is_shared(self.accelerator)):
+        if self.saved == self.step or not (main or distributed.takes_all(self.accelerator, self.optimizer)):
             return
         weights = distributed.whole(self.kept(), keep=main)
         state = {

@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
         "checkpoints",
         "compiling",
         "distributed",
+        "zero",
         "guidance",
     }
     | {"memory", "memory_autoencoder", "memory_estimate", "memory_show"}

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 GENTLE = {"optim__lr": 2e-4, "optim__eps": 1e-5}  # where a gradient is 0 but for rounding Adam would take its sign
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "lora": ({"terms": ["dpo", "image_dpo"]}, ("none", "fsdp2")),
+    "lora": ({"terms": ["dpo", "image_dpo"]}, ("none", "fsdp2", "zero2")),
     "kto": ({"terms": ["kto"], "mllm__shared_prompt": "off"}, ("none",)),
-    "full": ({"lora": None, "optim__gradient_checkpointing": True}, ("none", "fsdp2")),
+    "full": ({"lora": None, "optim__gradient_checkpointing": True}, ("none", "fsdp2", "zero2")),
 }
 PAIRS = [(name, layout) for name, (_, layouts) in CASES.items() for layout in layouts]
 

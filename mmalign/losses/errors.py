@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
+T = TypeVar("T")
 
 
 def squared_error(prediction: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -43,6 +46,17 @@ def across_processes(total: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     return total
+
+
+def from_process_before(value: T) -> T:
+    """What the process before this one gives, the last one to the first; its own in a single process. For small things,
+    which travel pickled among the processes of one run."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    given: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(given, value)
+    found: T = given[torch.distributed.get_rank() - 1]
+    return found
 
 
 def beta_units(beta: float, elements: int, reduction: str) -> dict[str, float]:

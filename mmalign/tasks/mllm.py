@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmalign.cache import Cache
 from mmalign.jobs import TrainConfig
 from mmalign.losses import answers as losses
-from mmalign.losses.errors import across_processes
+from mmalign.losses.errors import across_processes, from_process_before
 from mmalign.methods_mllm import MLLM, Sparse
 from mmalign.methods_mllm_terms import TReg
 from mmalign.mllm import export as exporting
@@ -268,18 +268,21 @@ class MLLMTask:
 
     @torch.no_grad()
     def _drift(self, encoded: Sequence[Encoded], seen: dict[int, Any], alone: bool) -> Tensor:
-        """KTO's z_0: how far the policy is from the reference on the batch's answers to other rows' prompts (each to
-        the prompt of the next row, as in TRL), in nats per answer and not below 0; 0 where there is no other row."""
-        size = len(encoded)
-        asks = [Branching(encoded[i].prompt, encoded[i - 1].answers[:1]) for i in range(size if size > 1 else 0)]
-        totals = torch.zeros(2, device=self.device)
-        if asks:
-            ids = answer_flat.ids(asks).to(self.device)
-            policy = log_probs(self.policy.head, self.policy.passes.hidden(asks, seen), ids)
-            known = self._reference(asks, seen if self.alike else None, wanted=False).log_probs
-            totals = torch.stack([(policy - known).sum(), torch.tensor(float(size), device=self.device)])
-        total, count = totals if alone else across_processes(totals)
-        return (total / count.clamp(min=1)).clamp(min=0)
+        """KTO's z_0: how far the policy is from the reference on answers to other rows' prompts, in nats per answer and
+        not below 0; 0 where there is no other row. Each prompt gets the answer of the row before, as in TRL, over all
+        processes' rows."""
+        ones = torch.tensor(float(len(encoded)), device=self.device)
+        rows = ones if alone else across_processes(ones)
+        if rows == 1:
+            return torch.zeros((), device=self.device)
+        last = encoded[-1].answers[:1]
+        before = [last if alone else from_process_before(last), *(each.answers[:1] for each in encoded[:-1])]
+        asks = [Branching(each.prompt, answer) for each, answer in zip(encoded, before, strict=True)]
+        ids = answer_flat.ids(asks).to(self.device)
+        policy = log_probs(self.policy.head, self.policy.passes.hidden(asks, seen), ids)
+        known = self._reference(asks, seen if self.alike else None, wanted=False).log_probs
+        total = (policy - known).sum()
+        return ((total if alone else across_processes(total)) / rows).clamp(min=0)
 
     def _sides(self, batch: Batch, flat: dict[str, Tensor]) -> losses.Pairs:
         """Flat values of all tokens as one table [B, T] per side."""
