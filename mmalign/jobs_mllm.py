@@ -109,6 +109,8 @@ def check(config: Any) -> None:
         (bool(config.validation.prompts), "validation.prompts are drawn, which task mllm does not; give rows that are "
          "held out as validation.table"),
         (quantised and lora is None, f"mllm.quantise: {config.mllm.quantise} is for weights under a lora; give one"),
+        (quantised and shared, "sharding: fsdp2 cuts weights that are numbers, and bitsandbytes keeps codes; use "
+         "sharding: zero2 or none, or mllm.quantise: none"),
         (config.optim.train_text_encoder or bool(config.optim.offload), "optim.train_text_encoder and offload are for "
          "generators; drop them from task mllm"),
         (config.reference.lora is not None, "reference.lora is for denoisers; merge it, and give reference.model"),

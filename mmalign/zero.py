@@ -44,6 +44,7 @@ def prepare(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCo
         "zero_optimization": {"stage": 2, "overlap_comm": False},
         "zero_allow_untested_optimizer": True, "steps_per_print": 10**12,
     }  # fmt: skip
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles a kernel of inference for CPUs
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
     return engine, SharedAdamW(engine, trained)
 

@@ -21,6 +21,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 GENTLE = {"optim__lr": 2e-4, "optim__eps": 1e-5}  # where a gradient is 0 but for rounding Adam would take its sign
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "lora": ({"terms": ["dpo", "image_dpo"]}, ("none", "fsdp2", "zero2")),
+    "qlora": ({"mllm__quantise": "4bit"}, ("none", "zero2")),
     "kto": ({"terms": ["kto"], "mllm__shared_prompt": "off"}, ("none",)),
     "full": ({"lora": None, "optim__gradient_checkpointing": True}, ("none", "fsdp2", "zero2")),
 }

@@ -291,6 +291,7 @@ def test_sizes_are_remembered_and_forgotten_with_the_processor(
         ({"model__variant": "fp16"}, "model.variant is for generators"),
         ({"noise": {"kind": "independent"}}, "noise is for generators"),
         ({"mllm__quantise": "4bit", "lora": None}, "is for weights under a lora"),
+        ({"mllm__quantise": "8bit", "sharding": "fsdp2"}, "bitsandbytes keeps codes"),
         ({"reference__kind": "cached", "terms": ["sft"]}, "loss.terms have no reference"),
         ({"reference__kind": "cached", "terms": ["chip"]}, "reads the reference's whole distribution"),
         ({"terms": ["dpo", "dpo"]}, "dpo is there twice"),
