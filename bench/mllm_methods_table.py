@@ -29,8 +29,8 @@ def summary_line(line: dict[str, Any]) -> str:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row per method and setting, means over seeds with the smallest and largest; the base model with the
-    interval over scenes."""
+    """Markdown: a row per method and setting. Means over seeds; in brackets the hull of the seeds' 95 % intervals over
+    scenes; for falls and words, the smallest and largest over seeds."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["method"], str(line["changed"] or "")), []).append(line)
@@ -47,10 +47,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def _spread(runs: Sequence[dict[str, Any]], name: str) -> str:
     values = [value(run, name) for run in runs]
-    if len(values) == 1:
-        ends = runs[0]["figures"][SHOWN[name]].get("ci95")
-        return _number(values[0], name) + (f" [{_number(ends[0], name)}, {_number(ends[1], name)}]" if ends else "")
-    return f"{_number(float(np.mean(values)), name)} ({_number(min(values), name)} to {_number(max(values), name)})"
+    ends = [run["figures"][SHOWN[name]].get("ci95") or [each, each] for run, each in zip(runs, values, strict=True)]
+    low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    return f"{_number(float(np.mean(values)), name)} [{_number(low, name)}, {_number(high, name)}]"
 
 
 def _less(base: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
