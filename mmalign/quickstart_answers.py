@@ -61,7 +61,7 @@ def run(output: Path = Path("runs/quickstart-answers"), *, seed: int = 0, short:
     table = benchmark.write(output / "questions", size.scenes, seed + 1000, SPLITS)
     _say(2, "asking the base model")
     answers = {"base": ask(table, output / "base")}
-    _say(3, "DPO with a LoRA on true descriptions against twins with false claims")
+    _say(3, "DPO and cross-entropy with a LoRA: true descriptions against twins with false claims")
     steps = [f"optim.steps={size.steps}"] if size.steps else []
     overrides = [f"output={output / 'train'}", f"seed={seed}", f"data.shapes.seed={seed + 31}", *steps]
     trained = train.run(load(TrainConfig, find(CONFIG), overrides), resume=True)

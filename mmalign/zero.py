@@ -84,14 +84,13 @@ class SharedAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's AdamW would have it, moments whole, on the CPU."""
-        inner, counts = self._torch, [entry["step"] for entry in self._torch.state.values()]
         state = {}
-        if counts:
+        for entry in self._torch.state.values():  # one flat tensor's, and none before the first step
             for index, parameter in enumerate(self._parameters):
                 moments = {name: self._whole(parameter, name) for name in MOMENTS}
-                state[index] = {"step": counts[0].detach().cpu().clone(), **moments}
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in inner.param_groups]
-        return {"state": state, "param_groups": [{**groups[0], "params": list(range(len(self._parameters)))}]}
+                state[index] = {"step": entry["step"].detach().cpu().clone(), **moments}
+        (group,) = self._torch.param_groups
+        return {"state": state, "param_groups": [{**group, "params": list(range(len(self._parameters)))}]}
 
     def _whole(self, parameter: nn.Parameter, name: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state

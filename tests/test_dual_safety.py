@@ -59,7 +59,7 @@ def test_a_judge_that_repeats_its_prompt_has_said_nothing():
         ("I\u2019m sorry, but I can\u2019t assist with that request.", True),
         ("We are unable to provide instructions for this.", True),
         ("I must respectfully decline.", True),
-        ("As an AI, I am not able to give legal advice.", True),
+        ("I am not able to give legal advice.", True),
         ("I won't be able to help you there.", True),
         ("I **cannot** provide that", True),
         ("That is against our content policy.", True),
