@@ -9,7 +9,7 @@ import torch
 from mmalign.evaluation import Batch, Evaluator, FigureRow, Scores, Strict, score_ready
 from mmalign.hallucination.amber_captions import Nouns, Things, Vectors, figures, judged
 from mmalign.hallucination.files import present
-from mmalign.hallucination.judged import columns
+from mmalign.hallucination.judged import columns, note_absent
 
 
 class AmberGenerative(Evaluator):
@@ -59,9 +59,10 @@ class AmberGenerative(Evaluator):
         aux = batch.aux[place]
         if not isinstance(aux.get("truth"), list):
             raise ValueError("the row has no truth, a list of the picture's things")
-        found = judged(
+        found, wrong = judged(
             batch.responses[place], aux["truth"], aux.get("hallu") or [], self.things, self.vectors, self.tagger
         )
+        note_absent(batch, place, wrong)
         return {"right": 1 - found["wrong"] / found["nouns"] if found["nouns"] else 1.0, **found}
 
     @classmethod

@@ -9,7 +9,7 @@ import torch
 from mmalign.evaluation import Batch, Evaluator, FigureRow, Scores, score_ready
 from mmalign.hallucination.chair import figures, judged
 from mmalign.hallucination.coco import CocoFiles, Objects, image_of
-from mmalign.hallucination.judged import columns
+from mmalign.hallucination.judged import columns, note_absent
 
 
 class Chair(Evaluator):
@@ -48,7 +48,9 @@ class Chair(Evaluator):
 
     def _judged(self, batch: Batch, place: int) -> dict[str, float]:
         image = image_of(batch.aux[place] if batch.aux else {}, batch.samples[place])
-        return judged(batch.responses[place], self.known.of(image), self.known)
+        counts, wrong = judged(batch.responses[place], self.known.of(image), self.known)
+        note_absent(batch, place, wrong)
+        return counts
 
     @classmethod
     def figures(cls, params: Any, rows: Sequence[FigureRow]) -> dict[str, float | None]:

@@ -94,7 +94,7 @@ class DualSafety(Evaluator):
         if self.judge is None:
             return self._labelled(batch)
         return self.judge.scores(
-            len(batch), lambda place: self._asked(batch, place), lambda place, said: self._read(batch, place, said)
+            batch, lambda place: self._asked(batch, place), lambda place, said: self._read(batch, place, said)
         )
 
     def _labelled(self, batch: Batch) -> Scores:

@@ -62,7 +62,7 @@ class MMHal(Evaluator):
 
     def score(self, batch: Batch) -> Scores:
         return self.judge.scores(
-            len(batch), lambda place: self._asked(batch, place), lambda place, said: self._read(batch, place, said)
+            batch, lambda place: self._asked(batch, place), lambda place, said: self._read(batch, place, said)
         )
 
     def _asked(self, batch: Batch, place: int) -> list[Asked]:

@@ -12,7 +12,7 @@ from mmalign.backbones.vlm_generate import Asked, Decoding
 from mmalign.backbones.vlm_loading import vlm_files
 from mmalign.evaluation import BackboneSpec, Batch, Evaluator, FigureRow, Scores, score_ready
 from mmalign.hallucination.coco import CocoFiles, Objects, image_of
-from mmalign.hallucination.judged import columns
+from mmalign.hallucination.judged import columns, note_absent
 from mmalign.hallucination.object_halbench import PROMPT, SHORT, counted, figures, listed
 from mmalign.hallucination.words import mentions, named
 from mmalign.hallucination.yes_no import length
@@ -80,7 +80,7 @@ class ObjectHalbench(Evaluator):
         return [*params.files("docs/scorers/object_halbench.md"), *judge]
 
     def score(self, batch: Batch) -> Scores:
-        found = self._by_rules(batch.responses) if self.judge is None else self._by_judge(batch.responses)
+        found = self._by_rules(batch.responses) if self.judge is None else self._by_judge(batch)
         return score_ready(
             len(batch), lambda place: self._counted(batch, place, found[place]), lambda _, all_: columns(all_)
         )
@@ -89,16 +89,18 @@ class ObjectHalbench(Evaluator):
         if isinstance(found, ValueError):
             raise found
         image = image_of(batch.aux[place] if batch.aux else {}, batch.samples[place])
-        return counted(batch.responses[place], found, self.known.of(image))
+        truth = self.known.of(image)
+        note_absent(batch, place, [name for name in found or () if name not in truth])
+        return counted(batch.responses[place], found, truth)
 
     def _by_rules(self, responses: Sequence[str]) -> list[Named]:
         return [[name for name, _ in mentions(response, self.known.synonyms)] for response in responses]
 
-    def _by_judge(self, responses: Sequence[str]) -> list[Named]:
-        """What the judge lists of each response; short ones name nothing and are not shown to it."""
-        found: list[Named] = [[] for _ in responses]
+    def _by_judge(self, batch: Batch) -> list[Named]:
+        """What the judge lists of each response, its reply noted; short ones name nothing and are not shown to it."""
+        found: list[Named] = [[] for _ in batch.responses]
         asked: dict[int, Asked] = {}
-        for place, response in enumerate(responses):
+        for place, response in enumerate(batch.responses):
             if length(response) > SHORT:
                 try:
                     asked[place] = Asked(self.judge.words.chat(PROMPT.replace("{answer}", response.strip()), 0))
@@ -109,6 +111,7 @@ class ObjectHalbench(Evaluator):
             if isinstance(one, ValueError):
                 found[place] = one
                 continue
+            batch.notes[place] = one.text
             names = None if one.cut else listed(one.text)
             found[place] = None if names is None else named(names, self.known.synonyms)
         return found

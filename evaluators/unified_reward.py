@@ -119,6 +119,7 @@ class UnifiedReward(Evaluator):
             try:
                 text = self._text(prompt, len(clip))
                 (answer,) = self.vlm.generate([clip], [text], self.params.max_new_tokens)
+                batch.notes[place] = answer
                 rows[place] = torch.tensor([self._read(answer, cue) for cue in self.params.cues.values()])
             except ValueError as error:
                 errors[place] = error

@@ -31,7 +31,10 @@ def run(config: BuildConfig) -> Path:
         ValueError: rows or model cannot be used, the folder holds what another config has built, or nothing could be
             built of any row.
     """
-    table = read_answers(find(config.rows), config.format, config.root, limit=config.limit)
+    table = read_answers(
+        find(config.rows), config.format, config.root, limit=config.limit, columns=config.columns or None,
+        unknown_columns=config.unknown_columns,
+    )  # fmt: skip
     given = table.rows
     config.output.mkdir(parents=True, exist_ok=True)
     with alone_in(config.output, "mmalign prefer-answers"):

@@ -97,6 +97,8 @@ class Batch:
         aux: the table's further columns, one dictionary per item.
         samples: the names that the table gives them, for evaluators that look items up elsewhere.
         responses: what a model answered to each; text, perhaps empty.
+        notes: by place, what an evaluator wants kept beside the scores of an item, such as a judge's reply; the runner
+            writes it into the results and empties this before each evaluator.
     """
 
     images: list[Tensor] = field(default_factory=list)
@@ -107,6 +109,7 @@ class Batch:
     aux: list[dict[str, Any]] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
     responses: list[str] = field(default_factory=list)
+    notes: dict[int, str] = field(default_factory=dict, compare=False)
     _shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:

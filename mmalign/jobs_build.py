@@ -77,6 +77,12 @@ class BuildConfig(Strict):
     rows: Path = Field(description="rows with prompts, images and perhaps answers, in any form of docs/answers.md")
     format: str = Field("auto", description="see `mmalign list formats`")
     root: Path | None = Field(None, description="folder that relative media paths start from; default: the table's own")
+    columns: dict[str, str] = Field(
+        {}, description="what the table calls a format's columns, e.g. {prompt: question, chosen: better_answer}"
+    )
+    unknown_columns: Literal["error", "keep"] = Field(
+        "error", description="columns that the format does not know: an error that names one, or kept in meta"
+    )
     limit: PositiveInt | None = Field(None, description="use only the first rows")
     model: Responding | None = Field(None, description="who answers; negatives need none")
     build: BDHS | Claims | Several | SelfReward | Negatives = Field(discriminator="kind")

@@ -61,6 +61,12 @@ class Online(BDHS):
 class Mllm(Strict):
     """How a vision-language model reads rows, and what of it is trained; for task: mllm."""
 
+    columns: dict[str, str] = Field(
+        {}, description="what the table calls a format's columns, e.g. {prompt: question, chosen: better_answer}"
+    )
+    unknown_columns: Literal["error", "keep"] = Field(
+        "error", description="columns that the format does not know: an error that names one, or kept in meta"
+    )
     max_length: PositiveInt | None = Field(
         None, description="tokens of a prompt and its longest answer; null: what the model reads. Nothing is cut off"
     )
@@ -108,6 +114,8 @@ def check(config: Any) -> None:
         (config.model.from_scratch not in ((), ("model",)), "model.from_scratch of task mllm is [model], or nothing"),
         (bool(config.validation.prompts), "validation.prompts are drawn, which task mllm does not; give rows that are "
          "held out as validation.table"),
+        (data.shapes is not None and bool(config.mllm.columns), "mllm.columns are of data.table; drop them, or "
+         "data.shapes"),
         (quantised and lora is None, f"mllm.quantise: {config.mllm.quantise} is for weights under a lora; give one"),
         (quantised and shared, "sharding: fsdp2 cuts weights that are numbers, and bitsandbytes keeps codes; use "
          "sharding: zero2 or none, or mllm.quantise: none"),

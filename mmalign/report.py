@@ -261,9 +261,14 @@ def _card(
         "sample": x["sample"],
         "gain": gain,
         "change": y["score"] - x["score"],
-        "a": {"score": x["score"], "thumbnail": thumbnails.of(a, x), "response": x.get("response")},
-        "b": {"score": y["score"], "thumbnail": thumbnails.of(b, y), "response": y.get("response")},
+        "a": _side(a, x, thumbnails),
+        "b": _side(b, y, thumbnails),
     }
+
+
+def _side(results: Results, row: dict[str, Any], thumbnails: Thumbnails) -> dict[str, Any]:
+    shown = {name: row.get(name) for name in ("score", "response", "note")}
+    return {**shown, "thumbnail": thumbnails.of(results, row)}
 
 
 def _extreme_tab(

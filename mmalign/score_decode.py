@@ -39,10 +39,7 @@ MOST_WORKERS = 16
 START_SECONDS = 120.0
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 LARGE = 4 << 20
-SERVE = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # Ctrl-C reaches the whole group
-    "from mmalign.decoding import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
-)
+SERVE = "import sys; from mmalign.decoding import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
 
 
 @dataclass(frozen=True)
@@ -300,6 +297,7 @@ class _Process:
             command,
             pass_fds=(theirs.fileno(), self._memory),
             stdin=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C reaches the whole group, an interpreter that is starting too
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
         )
         theirs.close()

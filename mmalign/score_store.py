@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("status", pa.string()),
         ("reason", pa.string()),
+        ("note", pa.string()),
         ("seconds", pa.float64()),
         ("prompt_truncated", pa.bool_()),
         ("evaluator_version", pa.int64()),
@@ -51,7 +52,8 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
     ]
 )
-"""Columns of every part. ``status`` is ok, skipped or error; ``reason`` says why where it is not ok."""
+"""Columns of every part. ``status`` is ok, skipped or error; ``reason`` says why where it is not ok; ``note`` is what
+the evaluator wrote down of the item."""
 
 PATIENCE = 90.0
 """Seconds; NFS looks for new files once a minute."""

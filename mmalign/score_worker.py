@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +24,7 @@ from mmalign.score_store import Store
 __all__ = ["Scorer", "Worker", "make_batch", "row_of"]
 
 Row = dict[str, Any]
+_NO_SCORE = {"score": None}
 logger = logging.getLogger(__name__)
 
 
@@ -120,13 +121,11 @@ class Worker:
         cut = self._truncated(job, evaluator, batch.prompts)
         rows = []
         for place, (index, outcome) in enumerate(zip(indices, outcomes, strict=True)):
-            named: dict[str, float | None] = {"score": None} if isinstance(outcome, str) else dict(outcome)
-            for name, value in named.items():
+            for name, value in outcome.scores.items():
                 decoder = decoded[index].decoder if job.sees else ""
                 row = row_of(self.plan, job, index, self.dtype, decoder, subscore=name, score=value)
                 row["seconds"], row["prompt_truncated"] = seconds, cut[place]
-                if isinstance(outcome, str):
-                    row["reason"] = outcome
+                row["reason"], row["note"] = outcome.reason, outcome.note
                 rows.append(row)
         return rows
 
@@ -149,7 +148,7 @@ class Worker:
                 )
             return [None]
 
-    def _outcomes(self, label: str, evaluator: Evaluator, batch: Batch) -> list[dict[str, float] | str]:
+    def _outcomes(self, label: str, evaluator: Evaluator, batch: Batch) -> list[_Outcome]:
         """As `_outcomes` below, in parts of a size that is known to fit where a batch before ran out of memory."""
         size, passes = len(batch), _Passes()
         outcomes = _in_parts(evaluator, batch, math.ceil(size / self._most.get(label, size)), passes)
@@ -206,6 +205,7 @@ def row_of(
         "score": score,
         "status": "ok" if score is not None else "skipped" if skipped else "error",
         "reason": reason,
+        "note": None,
         "evaluator_version": job.cls.version,
         "params": job.params_text,
         "params_hash": job.params_hash,
@@ -217,6 +217,15 @@ def row_of(
     }
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """An item's named scores, or the reason why there are none; and what the evaluator wrote down of it."""
+
+    scores: Mapping[str, float | None]
+    reason: str | None = None
+    note: str | None = None
+
+
 @dataclass
 class _Passes:
     """What happened to a batch: whether memory ran out, and the most items that went through at once."""
@@ -225,12 +234,9 @@ class _Passes:
     largest: int = 0
 
 
-def _outcomes(evaluator: Evaluator, batch: Batch, passes: _Passes) -> list[dict[str, float] | str]:
-    """For each item its named scores, or why there are none.
-
-    A batch that does not fit into memory is halved until it does; one that fails otherwise is scored item by item, so
-    that the failure stays with the item that caused it.
-    """
+def _outcomes(evaluator: Evaluator, batch: Batch, passes: _Passes) -> list[_Outcome]:
+    """Of each item. A batch that does not fit into memory is halved until it does; one that fails otherwise is scored
+    item by item, so that the failure stays with the item that caused it."""
     found, size = _attempt(evaluator, batch), len(batch)
     if not isinstance(found, Exception):
         passes.largest = max(passes.largest, size)
@@ -238,12 +244,13 @@ def _outcomes(evaluator: Evaluator, batch: Batch, passes: _Passes) -> list[dict[
     out_of_memory = isinstance(found, torch.OutOfMemoryError)
     if size == 1:
         said = str(found)
-        return [f"out of memory on one item: {said.splitlines()[0]}" if out_of_memory else f"{_kind(found)}: {said}"]
+        reason = f"out of memory on one item: {said.splitlines()[0]}" if out_of_memory else f"{_kind(found)}: {said}"
+        return [_Outcome(_NO_SCORE, reason, _note(batch, 0))]
     passes.ran_out |= out_of_memory
     return _in_parts(evaluator, batch, 2 if out_of_memory else size, passes)
 
 
-def _in_parts(evaluator: Evaluator, batch: Batch, parts: int, passes: _Passes) -> list[dict[str, float] | str]:
+def _in_parts(evaluator: Evaluator, batch: Batch, parts: int, passes: _Passes) -> list[_Outcome]:
     if parts == 1:
         return _outcomes(evaluator, batch, passes)
     size = len(batch)
@@ -252,8 +259,9 @@ def _in_parts(evaluator: Evaluator, batch: Batch, parts: int, passes: _Passes) -
     return [outcome for place in places for outcome in _outcomes(evaluator, batch.take(place), passes)]
 
 
-def _attempt(evaluator: Evaluator, batch: Batch) -> list[dict[str, float] | str] | Exception:
+def _attempt(evaluator: Evaluator, batch: Batch) -> list[_Outcome] | Exception:
     """Outcomes; or what the evaluator raised, whatever it was: it becomes a reason, not the end of the run."""
+    batch.notes.clear()
     try:
         errors: dict[int, Exception] = {}
         with torch.no_grad():
@@ -263,9 +271,7 @@ def _attempt(evaluator: Evaluator, batch: Batch) -> list[dict[str, float] | str]
                 scores, errors = partly.scores, partly.errors
         named = {name: values.tolist() for name, values in subscores(scores, len(batch), evaluator.name).items()}
         return [
-            f"{_kind(errors[place])}: {errors[place]}"
-            if place in errors
-            else _finite({name: values[place] for name, values in named.items()})
+            _outcome({name: values[place] for name, values in named.items()}, errors.get(place), _note(batch, place))
             for place in range(len(batch))
         ]
     except Exception as error:
@@ -276,10 +282,16 @@ def _attempt(evaluator: Evaluator, batch: Batch) -> list[dict[str, float] | str]
     return failure
 
 
+def _note(batch: Batch, place: int) -> str | None:
+    return str(batch.notes[place]) if place in batch.notes else None
+
+
 def _kind(error: Exception) -> str:
     return type(error).__name__
 
 
-def _finite(named: dict[str, float]) -> dict[str, float] | str:
-    broken = [f"{name} is {value}" for name, value in named.items() if value != value or abs(value) == float("inf")]
-    return ", ".join(broken) or named
+def _outcome(named: dict[str, float], error: Exception | None, note: str | None) -> _Outcome:
+    if error is not None:
+        return _Outcome(_NO_SCORE, f"{_kind(error)}: {error}", note)
+    broken = [f"{name} is {value}" for name, value in named.items() if not math.isfinite(value)]
+    return _Outcome(_NO_SCORE, ", ".join(broken), note) if broken else _Outcome(dict(named), note=note)

@@ -176,6 +176,8 @@ def report(path: str | Path, usable: bool, dropped: Sequence[Dropped], summary: 
         details = "; ".join(f"{each.origin}: {each.detail}" for each in dropped[:3] if each.detail)
         raise ValueError(f"{path}: no row can be used, {summary}{f' [{details}]' if details else ''}")
     _log.info("%s: %s", path, summary)
+    for reason, first in {each.reason: each for each in reversed(dropped) if each.detail}.items():
+        _log.info("%s, for example: %s: %s", reason, first.origin, first.detail)
 
 
 def _open(path: Path, format: str, root: str | Path | None) -> tuple[Records, Adapter]:

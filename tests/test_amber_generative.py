@@ -35,13 +35,13 @@ def _files(tmp_path: Path) -> tuple[Path, Path]:
 def test_counts_by_hand(files: tuple[Path, Path]) -> None:
     things = Things(*files)
     text = "Two men and a dog walk through the forest in the light. The dogs look at the water; a house stands there."
-    found = judged(text, ["person", "tree", "cat"], ["dog", "sea", "light"], things)
+    found = judged(text, ["person", "tree", "cat"], ["dog", "sea", "light"], things)[0]
     # nouns: man dog forest light dog water; house is no word of AMBER's. Wrong: dog, dog, water.
     assert (found["nouns"], found["wrong"]) == (6, 3)
     assert (found["things"], found["named"]) == (3, 2)
     assert (found["targets"], found["expected"]) == (3, 3)
-    other = judged("A cat.", ["cat"], ["dog"], things)
-    empty = judged("", ["cat"], [], things)
+    other, _ = judged("A cat.", ["cat"], ["dog"], things)
+    empty, _ = judged("", ["cat"], [], things)
     told = figures([{"scores": each} for each in (found, other, empty)])
     assert told["chair"] == pytest.approx(3 / 7)
     assert told["cover"] == pytest.approx(3 / 5)
@@ -57,8 +57,8 @@ def test_nearness_and_taggers(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert vectors.near("cat", ["dog"])
     assert not vectors.near("sea", ["dog"])
     assert not vectors.near("tree", ["dog"])
-    assert judged("A cat by the sea.", ["dog"], [], things, vectors)["wrong"] == 1
-    tagged = judged("A cat by the sea.", ["dog"], [], things, tagger=lambda text: ["sea"])
+    assert judged("A cat by the sea.", ["dog"], [], things, vectors)[1] == ["sea"]
+    tagged, _ = judged("A cat by the sea.", ["dog"], [], things, tagger=lambda text: ["sea"])
     assert (tagged["nouns"], tagged["wrong"]) == (1, 1)
     (tmp_path / "vectors.txt").write_text("dog 1 x\n")
     with pytest.raises(ValueError, match=r"vectors.txt:1: is no word with its numbers"):
@@ -92,8 +92,8 @@ def test_on_the_public_files() -> None:
     assert len(rows) == 1004
     single = {name for name in things.words if name.isalpha()}  # AMBER too reads word by word
     known = [row for row in rows if {*row["truth"], *row["hallu"]} <= single]
-    perfect = [{"scores": judged(". ".join(row["truth"]), row["truth"], row["hallu"], things)} for row in known]
-    likely = [{"scores": judged(". ".join(row["hallu"]), row["truth"], row["hallu"], things)} for row in known]
+    perfect = [{"scores": judged(". ".join(row["truth"]), row["truth"], row["hallu"], things)[0]} for row in known]
+    likely = [{"scores": judged(". ".join(row["hallu"]), row["truth"], row["hallu"], things)[0]} for row in known]
     told, wrong = figures(perfect), figures(likely)
     assert (told["chair"], told["cover"], told["hal"]) == (0, 1, 0)
     assert wrong["cog"] == 1

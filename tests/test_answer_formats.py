@@ -413,13 +413,13 @@ def test_columns_that_fit_several_formats_or_none(tmp_path: Path) -> None:
     "change, options, message",
     [
         ({"marginn": 1}, {}, "t.jsonl has the column 'marginn', which format 'trl' does not know; it knows "),
-        ({"marginn": 1}, {}, r"Did you mean 'margin'\? Say columns={...} what it stands for, or extra='keep' to keep"),
+        ({"marginn": 1}, {}, r"Did you mean 'margin'\? If .* columns: {the known name: marginn}; unknown_co"),
         ({}, {"format": "mdpo"}, "has no column img_path, which format 'mdpo' needs; its columns are prompt, chosen"),
         ({}, {"format": "rlhfv"}, r"unknown answer format 'rlhfv'; there are auto, trl, .* Did you mean 'rlhf_v'\?"),
         ({}, {"columns": {"chosen": "choosen"}}, r"no column choosen, which columns needs; .*Did you mean 'chosen'\?"),
         ({}, {"columns": {"choosen": "chosen"}}, r"format 'trl' has no column 'choosen'. Did you mean 'chosen'\?"),
         ({}, {"limit": 0}, "limit is 0; it is 1 or more"),
-        ({}, {"extra": "drop"}, "extra is 'drop'; it is 'error' or 'keep'"),
+        ({}, {"unknown_columns": "drop"}, "unknown_columns is 'drop'; it is 'error' or 'keep'"),
         ({"rejected": "A"}, {}, "no row can be used, format trl: kept 0 of 1 rows; dropped 1: 1 chosen equals"),
     ],
 )  # fmt: skip
@@ -431,6 +431,6 @@ def test_tables_that_cannot_be_read(tmp_path: Path, change: Any, options: Any, m
 def test_own_names_and_extra_columns(tmp_path: Path) -> None:
     rows = [{"ask": "What?", "good": "A", "bad": "B", "pic": "a.png", "split": "x", "margin": 2}]
     names = {"prompt": "ask", "chosen": "good", "rejected": "bad", "image": "pic"}
-    table = read(tmp_path, rows, columns=names, extra="keep")
+    table = read(tmp_path, rows, columns=names, unknown_columns="keep")
     assert brief(table) == [(Q, "A", "B", "a.png")] and table.rows[0].meta == {"split": "x"}
     assert table.rows[0].margin == 2.0

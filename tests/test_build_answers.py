@@ -98,6 +98,16 @@ def test_negatives_are_written_beside_their_rows(table: Path, tmp_path: Path) ->
         assert row.images[0].hash() != row.rejected_images[0].hash()
 
 
+def test_rows_of_a_table_with_columns_of_its_own(table: Path, tmp_path: Path) -> None:
+    own = table.with_name("own.jsonl")
+    own.write_text(table.read_text().replace('"chosen"', '"better"').replace('"images"', '"x": 1, "images"'))
+    wanted: dict[str, Any] = {"columns": {"chosen": "better"}, "build": {"kind": "negatives"}}
+    with pytest.raises(ValueError, match=r"has the column 'x', .*unknown_columns: keep"):
+        build_answers.run(_config(tmp_path / "none", own, None, **wanted))
+    built = read_answers(build_answers.run(_config(tmp_path / "out", own, None, **wanted, unknown_columns="keep"))).rows
+    assert len(built) == 5 and all(row.chosen for row in built)
+
+
 def test_a_stop_costs_one_row_and_the_same_is_built(
     models: Any, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

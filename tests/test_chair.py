@@ -109,14 +109,14 @@ RESPONSES = {
 def test_counts_and_figures_by_hand(synonyms: Path, coco: list[Path]) -> None:
     objects = Objects(synonyms, coco)
     assert (objects.of(1), objects.of(2), objects.of(3)) == ({"person", "dog"}, {"bus"}, {"chair"})
-    rows = [{"scores": chair.judged(text, objects.of(image), objects)} for image, text in RESPONSES.items()]
+    rows = [{"scores": chair.judged(text, objects.of(image), objects)[0]} for image, text in RESPONSES.items()]
     assert [(row["scores"]["hallucinated"], row["scores"]["mentions"]) for row in rows] == [(1, 4), (3, 5), (0, 1)]
     found = chair.figures(rows)
     assert found["chair_i"] == pytest.approx(4 / 10)
     assert found["chair_s"] == pytest.approx(2 / 3)
     assert found["recall"] == pytest.approx(4 / 4)
     assert found["words"] == pytest.approx((11 + 11 + 1) / 3)
-    silent = [{"scores": chair.judged("Nothing.", {"dog"}, objects)}, rows[0]]
+    silent = [{"scores": chair.judged("Nothing.", {"dog"}, objects)[0]}, rows[0]]
     assert chair.figures(silent)["chair_s"] == 0.5
     assert chair.figures(silent)["chair_s_mentioning"] == 1.0
     assert chair.figures(silent[:1]) == {
@@ -134,6 +134,7 @@ def test_the_evaluator_reads_numbers_from_names_or_aux(synonyms: Path, coco: lis
     )  # fmt: skip
     scores = evaluator.score(batch)
     assert scores["right"].tolist() == pytest.approx([3 / 4, 2 / 5, 1])
+    assert batch.notes == {0: "not in the picture: bicycle", 1: "not in the picture: cup, dog (2)"}
     with pytest.raises(ItemErrors) as raised:
         evaluator.score(Batch(prompts=["", ""], responses=["a dog", "a dog"], samples=["7.jpg", "dog"], aux=[{}, {}]))
     assert "nothing of image 7" in str(raised.value.errors[0])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mllm_kit import answer_settings, mllm_folder, picture, stopped_and_resumed, write_rows
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -253,6 +254,21 @@ def test_rows_with_and_without_images_share_batches(model: Path, tmp_path: Path)
     assert together == pytest.approx(sum(alone) / 4, rel=1e-5)
 
 
+def test_a_picture_of_one_pixel_and_one_of_64_million(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = write_rows(tmp_path, 3)
+    for name, side in (("0-0.png", 1), ("1-0.png", 8000)):
+        Image.new("RGB", (side, side), (200, 30, 30)).save(tmp_path / name)
+    with caplog.at_level("INFO"):
+        task = _task(tmp_path / "run", model, table)
+    assert task.size == 2 and "1 undecodable image (rows.jsonl line 1" in task.facts["data"]
+    assert "0-0.png: is 1x1 pixels, below min_side=2; replace it or drop the row" in caplog.text
+    (large, usual) = task.load([(0, 0), (1, 0)])["encoded"]
+    assert large.length > usual.length
+    assert all(math.isfinite(_loss(task, (i,))[0]) for i in (0, 1))
+
+
 def test_long_rows_are_told(model: Path, tmp_path: Path) -> None:
     table = write_rows(tmp_path, images=(1, 2), scale=3)
     lengths = [_task(tmp_path / "run", model, table).load([(i, 0)])["encoded"][0].length for i in range(5)]
@@ -282,6 +298,22 @@ def test_sizes_are_remembered_and_forgotten_with_the_processor(
         _task(tmp_path / "run", model, table, **changes)
         counts.append(len(seen))
     assert counts == [5, 0, 5]
+
+
+def test_a_table_with_columns_of_its_own(model: Path, table: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in table.read_text().splitlines()]
+    own = [{"better" if key == "chosen" else key: value for key, value in line.items()} | {"x": 1} for line in lines]
+    other = table.with_name("own.jsonl")
+    other.write_text("\n".join(map(json.dumps, own)))
+    with pytest.raises(ValueError, match="has the column 'better', which"):
+        _task(tmp_path / "run", model, other)
+    renamed: dict[str, Any] = {"mllm__columns": {"chosen": "better"}}
+    with pytest.raises(ValueError, match=r"has the column 'x', .* \(in a training job both are keys of mllm"):
+        _task(tmp_path / "run", model, other, **renamed)
+    task = _task(tmp_path / "run", model, other, **renamed, mllm__unknown_columns="keep", validation__table=str(other))
+    assert _loss(task) == _loss(_task(tmp_path / "run", model, table))
+    with pytest.raises((ValueError, ConfigError), match=r"mllm\.columns are of data\.table"):
+        answer_settings(tmp_path, model, table, data__table=None, data__shapes={"scenes": 4}, **renamed)
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ def test_saved_answers_are_judged_and_the_judge_is_named(tmp_path, texts, prompt
     assert found["params"]["model"] == str(texts), "the judge by name"
     rows = read_results(tmp_path / "out").rows
     assert {row["weight_hash"] for row in rows} == {found["weight_hash"]}
+    assert {row["response"]: row["note"] for row in rows} == REPLIES, "what the judge wrote"
     before = found["weight_hash"]
     prompt_of_another = tmp_path / "other.txt"
     prompt_of_another.write_text("Judge.\n" + SHORT)

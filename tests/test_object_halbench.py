@@ -211,6 +211,18 @@ def test_a_taught_judge_lists_and_coco_is_counted(coco: dict[str, Any], judge: P
     assert figures_of(scores)["chair_i"] == pytest.approx(2 / 7)
 
 
+def test_notes_name_what_is_not_there_and_what_the_judge_wrote(coco: dict[str, Any], judge: Path) -> None:
+    evaluator = load_evaluator(
+        "object_halbench", {**coco, "extract": "llm", "model": judge, "max_new_tokens": 64}, "cpu"
+    )
+    batch = Batch(prompts=[""] * 4, responses=list(RESPONSES.values()), samples=[str(image) for image in RESPONSES])
+    evaluator.score(batch)
+    lists = list(LESSONS.values())
+    assert batch.notes == {
+        0: f"not in the picture: car\n\n{lists[0]}", 1: f"not in the picture: dog\n\n{lists[1]}", 2: lists[2]
+    }  # fmt: skip
+
+
 def test_neither_batch_nor_order_matters(coco: dict[str, Any], judge: Path) -> None:
     params = {**coco, "extract": "llm", "model": judge, "max_new_tokens": 64}
     whole = scored(params)

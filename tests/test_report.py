@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
                 picture(media, colour=tuple(int(c) for c in rng.integers(0, 255, 3)))
             more = {"model": model, "seed": i, "prompt": HOSTILE if i == 3 else f"prompt {i}"}
             gain = (0.1 + i / 100) if i < 8 else -(0.1 + i / 100)
-            rows.append(row(str(i), i / 10 + side * gain, media, **more))
+            rows.append(row(str(i), i / 10 + side * gain, media, **more, note=f"saw <u>{i}</u>" if i > 8 else None))
             failed = {"score": None, "status": "error", "reason": "bad <u>file</u>"} if i == 0 else {}
             rows.append(row(str(i), 1 - i / 10, media, "artefacts", "blur", **more) | failed)
         config = {"table": str(home / "table.jsonl"), "note": "<em>config</em>"}
@@ -68,6 +68,7 @@ def test_hostile_text_is_shown_as_text(page, html):
     assert "<script" not in html and "onerror=alert(2)>" not in html
     prompts = [text for _, text in page.find("p", class_="prompt")]
     assert " ".join(HOSTILE.split()) in prompts
+    assert {text for _, text in page.find("p", class_="wrote")} == {f"saw <u>{i}</u>" for i in (9, 10, 11)}
     assert "aligned <i>& against base" in next(text for _, text in page.find("h1"))
     everything = next(text for _, text in page.find("body"))
     for text in ("1 \N{MULTIPLICATION SIGN} bad <u>file</u>", "<em>config</em>", "# <b>bold</b>"):

@@ -30,7 +30,7 @@ from mmalign.video import MAX_CLIP_BYTES
 ODD = '''
 import torch
 from typing import Literal
-from mmalign.evaluation import Evaluator, SetEvaluator, Strict
+from mmalign.evaluation import Evaluator, ItemErrors, SetEvaluator, Strict
 
 
 class Compared(Evaluator):
@@ -84,13 +84,31 @@ class Blind(Evaluator):
         if "explode" in prompts:
             raise KeyError("the prompt exploded")
         return [len(prompt) > 3 for prompt in prompts if prompt != "short"]
+
+
+class Noting(Evaluator):
+    """Notes what it read of each item, and scores all but two."""
+
+    needs = {"image", "prompt"}
+    licence, source = "Apache-2.0", "a test"
+
+    def score(self, batch):
+        for place, prompt in enumerate(batch.prompts):
+            if prompt != "silent":
+                batch.notes[place] = 7 if prompt == "seven" else f"read {prompt}"
+        if "explode" in batch.prompts:
+            raise KeyError("exploded")
+        scores = torch.ones(len(batch))
+        if "refuse" in batch.prompts:
+            raise ItemErrors({batch.prompts.index("refuse"): ValueError("refused")}, scores)
+        return scores
 '''
 
 
 @pytest.fixture(autouse=True)
 def _odd(tmp_path, monkeypatch, verb):
     """The evaluators of `plugin_package` and those above, here and in processes that are started."""
-    names = {"compared": "Compared", "sums": "Sums", "blind": "Blind"}
+    names = {"compared": "Compared", "sums": "Sums", "blind": "Blind", "noting": "Noting"}
     entries = {name: f"odd_code:{value}" for name, value in names.items()}
     odd = str(install(tmp_path / "odd", entries, "odd", ODD))
     monkeypatch.syspath_prepend(odd)
@@ -163,6 +181,17 @@ def test_what_cannot_be_said_of_a_prompt_takes_nothing_from_the_scores(tmp_path,
     assert {row["score"] for row in rows.values()} == {1.0}
     assert [rows[f"s{i}", "blind", "score"]["prompt_truncated"] for i in range(4)] == [True, None, False, None]
     assert caplog.text.count("blind.truncated failed: KeyError") == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_notes_are_kept_beside_scores_and_failures_and_are_their_evaluators_own(tmp_path, batch_size):
+    prompts = ["silent", "seven", "refuse", "a dog", "explode"]
+    table = pictures(tmp_path, [10, 20, 30, 40, 50], prompts)
+    rows = rows_of(run(config(table, tmp_path / "out", "noting", "blind", batch_size=batch_size)))
+    found = [rows[f"s{i}", "noting", "score"] for i in range(5)]
+    assert [row["note"] for row in found] == [None, "7", "read refuse", "read a dog", "read explode"]
+    assert [row["status"] for row in found] == ["ok", "ok", "error", "ok", "error"]
+    assert {rows[f"s{i}", "blind", "score"]["note"] for i in range(5)} == {None}
 
 
 # ------------------------------------------------------------------------------------------------ limits

@@ -98,9 +98,9 @@ class Things:
 def judged(
     response: str, truth: Sequence[str], targets: Sequence[str], things: Things, vectors: Vectors | None = None,
     tagger: Nouns | None = None,
-) -> dict[str, float]:  # fmt: skip
+) -> tuple[dict[str, float], list[str]]:  # fmt: skip
     """Counts of one description: nouns, wrong ones, things of the picture and those named, likely hallucinations
-    (targets) and those named, words."""
+    (targets) and those named, words; and the wrong nouns themselves."""
     nouns = things.nouns(response, tagger)
     right, likely = things.around(truth), things.around(targets)
     said = set(nouns)
@@ -110,15 +110,16 @@ def judged(
             return False
         return vectors is None or not vectors.near(noun, right)
 
+    wrong = [noun for noun in nouns if is_wrong(noun)]
     return {
         "nouns": float(len(nouns)),
-        "wrong": float(sum(map(is_wrong, nouns))),
+        "wrong": float(len(wrong)),
         "things": float(len(truth)),
         "named": float(sum(bool(said & set(things.around([name]))) for name in truth)),
         "targets": float(len(targets)),
         "expected": float(sum(bool(said & set(things.around([name]))) for name in targets if name in likely)),
         "words": float(len(tokens(response))),
-    }
+    }, wrong
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -16,10 +16,11 @@ from mmalign.hallucination.words import mentions, tokens
 __all__ = ["counted", "figures", "judged"]
 
 
-def judged(response: str, truth: set[str], objects: Objects) -> dict[str, float]:
-    """What `counted` tells of one caption, and its words."""
+def judged(response: str, truth: set[str], objects: Objects) -> tuple[dict[str, float], list[str]]:
+    """What `counted` tells of one caption, and its words; the mentioned classes that are not in the picture."""
     found = [name for name, _ in mentions(response, objects.synonyms, objects.mode)]
-    return {**counted(found, truth), "words": float(len(tokens(response)))}
+    wrong = [name for name in found if name not in truth]
+    return {**counted(found, truth), "words": float(len(tokens(response)))}, wrong
 
 
 def counted(found: Sequence[str], truth: set[str]) -> dict[str, float]:

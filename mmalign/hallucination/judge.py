@@ -20,7 +20,7 @@ from mmalign.backbones.vlm import FAMILIES, VisionLanguageModel, load_vlm
 from mmalign.backbones.vlm_generate import Asked, Decoding
 from mmalign.backbones.vlm_loading import vlm_files
 from mmalign.backbones.vlm_text import VlmParams
-from mmalign.evaluation import BackboneSpec, ItemErrors, Scores
+from mmalign.evaluation import BackboneSpec, Batch, ItemErrors, Scores
 
 __all__ = ["Judge", "JudgeParams", "collected", "fill", "rating", "read_prompt", "unread", "verdict"]
 
@@ -79,14 +79,13 @@ class Judge:
 
     def scores(
         self,
-        size: int,
+        batch: Batch,
         ask: Callable[[int], Sequence[Asked]],
         read: Callable[[int, Sequence[str]], Mapping[str, float]],
     ) -> Scores:
-        """Scores of a batch, float64 [size] each; all its questions are written to together.
+        """Scores of a batch, float64 [B] each; all questions are written to together, replies are kept as notes.
 
         Args:
-            size: of the batch.
             ask: the questions about the item at a place; ValueError where there are none.
             read: the scores of the item at a place, from the judge's replies; ValueError where they have none.
 
@@ -96,7 +95,7 @@ class Judge:
         asked: dict[int, Sequence[Asked]] = {}
         errors: dict[int, Exception] = {}
         found: dict[int, Mapping[str, float]] = {}
-        for place in range(size):
+        for place in range(len(batch)):
             try:
                 asked[place] = ask(place)
             except ValueError as error:
@@ -110,10 +109,11 @@ class Judge:
                     if isinstance(reply, ValueError):
                         raise reply
                     replies.append(reply.text)
+                batch.notes[place] = "\n\n".join(replies)
                 found[place] = read(place, replies)
             except ValueError as error:
                 errors[place] = error.with_traceback(None)
-        scores = collected(size, found)
+        scores = collected(len(batch), found)
         if errors:
             raise ItemErrors(errors, scores)
         return scores

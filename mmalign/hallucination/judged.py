@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmalign.evaluation import Batch
 from mmalign.hallucination.yes_no import Said, length
 
-__all__ = ["columns", "judged"]
+__all__ = ["columns", "judged", "note_absent"]
 
 
 def columns(found: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
@@ -43,3 +45,11 @@ def judged(
         "words": [length(response) for response in responses],
     }
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+
+
+def note_absent(batch: Batch, place: int, wrong: Sequence[str]) -> None:
+    """Notes what an answer names that is not in its picture, each once with its count, before what is noted already."""
+    named = [name if count == 1 else f"{name} ({count})" for name, count in sorted(Counter(wrong).items())]
+    if named:
+        earlier = batch.notes.get(place)
+        batch.notes[place] = f"not in the picture: {', '.join(named)}" + (f"\n\n{earlier}" if earlier else "")

@@ -215,7 +215,7 @@ def read_answers(
     limit: int | None = None,
     verify: bool = True,
     columns: Mapping[str, str] | None = None,
-    extra: Literal["error", "keep"] = "error",
+    unknown_columns: Literal["error", "keep"] = "error",
 ) -> AnswerTable:
     """Read a table of answers: .jsonl, .json, .csv, .tsv or .parquet, or a folder of .parquet files.
 
@@ -226,7 +226,7 @@ def read_answers(
         limit: read so many of the table's rows at most.
         verify: decode every image and clip now, once each, and drop the rows where one fails.
         columns: the file's names of columns, by the format's: {"chosen": "good_answer"}.
-        extra: what becomes of columns that the format does not know: an error, or kept in `meta`.
+        unknown_columns: what becomes of those that the format does not know: an error, or kept in `meta`.
 
     Raises:
         ValueError: the file cannot be read; an unknown, unclear or ill-fitting format; a column missing, or (unless
@@ -237,8 +237,8 @@ def read_answers(
         raise ValueError(f"unknown answer format {format!r}; there are {known}.{nearest(format, ADAPTERS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it is 1 or more")
-    if extra not in ("error", "keep"):
-        raise ValueError(f"extra is {extra!r}; it is 'error' or 'keep'")
+    if unknown_columns not in ("error", "keep"):
+        raise ValueError(f"unknown_columns is {unknown_columns!r}; it is 'error' or 'keep'")
     path = Path(path)
     records = read_records(path, root)
     names = dict(columns or {})
@@ -251,7 +251,7 @@ def read_answers(
     if strange := sorted(set(names) - adapter.knows):
         raise ValueError(f"format {name!r} has no column {strange[0]!r}.{nearest(strange[0], adapter.knows)}")
     _fitting(records, name, names)
-    unknown = _unknown(records, name, names, extra)
+    unknown = _unknown(records, name, names, unknown_columns)
     kept: list[AnswerRow] = []
     dropped: list[Dropped] = []
     for outcome in adapter.rows(islice(rows, limit), names, records.columns, unknown):
@@ -291,15 +291,16 @@ def _fitting(records: Records, name: str, names: Mapping[str, str]) -> None:
         raise ValueError(missing_columns(records.path, closest, records.columns, f"format {name!r}"))
 
 
-def _unknown(records: Records, name: str, names: Mapping[str, str], extra: str) -> tuple[str, ...]:
+def _unknown(records: Records, name: str, names: Mapping[str, str], becomes: str) -> tuple[str, ...]:
     """The columns that the format does not know, to be kept; ValueError that names the first, if they are an error."""
     knows = {names.get(each, each) for each in ADAPTERS[name].knows}
     unknown = tuple(each for each in records.columns if each not in knows)
-    if unknown and extra == "error":
+    if unknown and becomes == "error":
         raise ValueError(
             f"{records.path} has the column {unknown[0]!r}, which format {name!r} does not know; it knows "
-            f"{', '.join(sorted(knows))}.{nearest(unknown[0], knows)} Say columns={{...}} what it stands for, or "
-            f"extra='keep' to keep such columns in meta."
+            f"{', '.join(sorted(knows))}.{nearest(unknown[0], knows)} If it stands for one of these, say so with "
+            f"columns: {{the known name: {unknown[0]}}}; unknown_columns: keep puts such columns into meta (in a "
+            "training job both are keys of mllm)"
         )
     return unknown
 

@@ -34,7 +34,10 @@ def rows(config: TrainConfig, items: Literal["pairs", "singles"]) -> tuple[Seque
             )
         return drawn, []
     assert data.table is not None
-    table = read_answers(find(data.table), data.format, data.root, verify=data.verify)
+    table = read_answers(
+        find(data.table), data.format, data.root, verify=data.verify, columns=config.mllm.columns or None,
+        unknown_columns=config.mllm.unknown_columns,
+    )  # fmt: skip
     found, dropped = [], list(table.dropped)
     for row in table.rows[: data.limit]:
         why = lacking(row, loss, items, config.mllm.online is not None)
