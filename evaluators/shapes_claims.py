@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mmalign.evaluation import Batch, Evaluator, FigureRow, Scores, Strict, score_ready
+from mmalign.hallucination.judged import note_absent
 from mmalign.shapes.benchmark import scene_of
 from mmalign.shapes.claims import CATEGORIES, judge, read_description
 
@@ -38,6 +39,7 @@ class ShapesClaims(Evaluator):
     def _judged(batch: Batch, place: int) -> dict[str, float]:
         verdict = judge(read_description(batch.responses[place]), scene_of(batch.aux[place].get("scene")))
         wrong, made = verdict.hallucinated, verdict.mentions
+        note_absent(batch, place, [" ".join(filter(None, (each.colour, each.kind))) for each in verdict.invented])
         return {
             "right": 1 - wrong / made if made else 1.0, "mentions": made, "hallucinated": wrong,
             "shapes": verdict.shapes, "covered": verdict.covered, "words": verdict.words,

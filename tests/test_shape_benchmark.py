@@ -47,6 +47,13 @@ def test_a_description_by_hand() -> None:
     assert judged("", benchmark.told(SCENE))["right"] == 1
 
 
+def test_what_was_made_up_is_noted() -> None:
+    texts = ["There is a blue circle. There is a green triangle. There is a triangle.", "There is a red circle.", ""]
+    batch = Batch(responses=texts, aux=[{"scene": benchmark.told(SCENE)}] * 3)
+    load_evaluator("shapes_claims", device="cpu").score(batch)
+    assert batch.notes == {0: "not in the picture: blue circle, green triangle, triangle"}
+
+
 def test_figures_are_those_of_the_world() -> None:
     scenes = [scene_at(5, index) for index in range(60)]
     texts = [noisy_description(scene, [5, index], 0.7).text for index, scene in enumerate(scenes)]

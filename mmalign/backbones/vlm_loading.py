@@ -54,7 +54,7 @@ def model_folder(folder: str | Path, parameter: str = "model", weights: bool = T
     if not path.is_dir():
         raise ValueError(
             f"{parameter}: {path} is no folder. Fetch the whole model repository once, and give the folder that has "
-            "its config.json; nothing is downloaded while scoring."
+            "its config.json; no job downloads anything."
         )
     config = path / "config.json"
     if not config.is_file():

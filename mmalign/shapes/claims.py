@@ -217,10 +217,10 @@ def read_description(text: str) -> Claims:
 @dataclass(frozen=True)
 class Verdict:
     """What is true of a text. `errors` and `claims` count by `CATEGORIES`; `matched`: for each mention the index of
-    its shape in the scene, None where no shape of that kind is left."""
+    its shape in the scene, None where no shape of that kind is left; `invented`: the hallucinated mentions."""
 
     matched: tuple[int | None, ...]
-    hallucinated: int
+    invented: tuple[Mention, ...]
     shapes: int
     words: int
     claims: dict[str, int]
@@ -229,6 +229,10 @@ class Verdict:
     @property
     def mentions(self) -> int:
         return len(self.matched)
+
+    @property
+    def hallucinated(self) -> int:
+        return len(self.invented)
 
     @property
     def covered(self) -> int:
@@ -254,7 +258,7 @@ def judge(claims: Claims, scene: Scene) -> Verdict:
     """
     matched = _match(claims.mentions, scene)
     made, errors = dict.fromkeys(CATEGORIES, 0), dict.fromkeys(CATEGORIES, 0)
-    hallucinated = 0
+    invented = []
 
     def count(category: str, holds: bool) -> None:
         made[category] += 1
@@ -263,11 +267,12 @@ def judge(claims: Claims, scene: Scene) -> Verdict:
     for mention, found in zip(claims.mentions, matched, strict=True):
         count("object", found is not None)
         if found is None:
-            hallucinated += 1
+            invented.append(mention)
             continue
         for category, word in mention.said():
             count(category, _holds(category, word, scene.shapes[found]))
-        hallucinated += any(c == "colour" and w != scene.shapes[found].colour for c, w in mention.said())
+        if any(c == "colour" and w != scene.shapes[found].colour for c, w in mention.said()):
+            invented.append(mention)
     for i, relation, j in claims.relations:
         a, b = matched[i], matched[j]
         if a is not None and b is not None:
@@ -276,7 +281,7 @@ def judge(claims: Claims, scene: Scene) -> Verdict:
         count("background", background == scene.background)
     for number in claims.counts:
         count("count", number == len(scene.shapes))
-    return Verdict(matched, hallucinated, len(scene.shapes), claims.words, made, errors)
+    return Verdict(matched, tuple(invented), len(scene.shapes), claims.words, made, errors)
 
 
 def _match(mentions: tuple[Mention, ...], scene: Scene) -> tuple[int | None, ...]:
