@@ -44,20 +44,20 @@ LINES, WORK = Path("bench/mllm_methods.jsonl"), Path("runs/bench-mllm")
 SCENES, STEPS, PAIRS, LR = 200, 80, 32, 1e-3
 SHARES = {"twins": 1, "self": 4, "bdhs": 8}  # of what is trained on: a model writes fewer pairs, which are seen again
 SCENE_SEED = 7  # of the scenes that are judged; training rows have other seeds
-_SFT: dict[str, Any] = {"kind": "sft"}
-_BOTH: dict[str, Any] = {"terms": [{"kind": "dpo"}, _SFT]}
+_BESIDE: dict[str, Any] = {"kind": "sft", "weight": 3.0}
+_BOTH: dict[str, Any] = {"terms": [{"kind": "dpo"}, _BESIDE]}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft": ("twins", {"terms": [_SFT]}),
+    "sft": ("twins", {"terms": [{"kind": "sft"}]}),
     "dpo alone": ("twins", {"terms": [{"kind": "dpo"}]}),
     "dpo": ("twins", _BOTH),
     "dense": ("twins", {**_BOTH, "beta": 0.5, "tokens": {"kind": "segments"}}),
-    "mdpo": ("twins", {"terms": [{"kind": "dpo"}, {"kind": "image_dpo"}, {"kind": "anchor"}, _SFT]}),
+    "mdpo": ("twins", {"terms": [{"kind": "dpo"}, {"kind": "image_dpo"}, {"kind": "anchor"}, _BESIDE]}),
     "margin": ("twins", {**_BOTH, "margin": {"kind": "reward"}}),
     "bdhs": ("bdhs", _BOTH),
     "self": ("self", _BOTH),
 }
 """Method -> (whose pairs, the objective). Alone, DPO makes answers short; all others have the cross-entropy of the
-chosen answer beside it, as MPO does."""
+chosen answer beside it, as MPO has; with weight 1 some answers end in repetition."""
 
 
 def rows(kind: str, seed: int, count: int) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 SHOWN = {
     "chair_i": "shapes_claims/chair_i", "chair_s": "shapes_claims/chair_s", "recall": "shapes_claims/recall",
     "false relations": "shapes_claims/false_relation", "words": "shapes_claims/words",
+    "unfinished": "shapes_claims/unfinished",
     "POPE random": "pope/random/accuracy", "popular": "pope/popular/accuracy",
     "adversarial": "pope/adversarial/accuracy",
 }  # fmt: skip

@@ -23,9 +23,10 @@ class ShapesClaims(Evaluator):
     needs = frozenset({"response", "aux"})
     modality = frozenset({"image", "text"})
     higher_is_better, score_range = True, (0.0, 1.0)
-    counts = frozenset({"mentions", "hallucinated", "shapes", "covered", "words"}).union(
+    counts = frozenset({"mentions", "hallucinated", "shapes", "covered", "words", "unfinished"}).union(
         *({f"{name}_claims", f"{name}_errors"} for name in CATEGORIES)
     )
+    version = 2
     licence = "Apache-2.0"
     source = "mmalign.shapes.claims; CHAIR_i and CHAIR_s as in 1809.02156"
 
@@ -43,6 +44,7 @@ class ShapesClaims(Evaluator):
         return {
             "right": 1 - wrong / made if made else 1.0, "mentions": made, "hallucinated": wrong,
             "shapes": verdict.shapes, "covered": verdict.covered, "words": verdict.words,
+            "unfinished": float(not batch.responses[place].rstrip().endswith(".")),
             **{f"{name}_claims": count for name, count in verdict.claims.items()},
             **{f"{name}_errors": count for name, count in verdict.errors.items()},
         }  # fmt: skip
@@ -54,7 +56,8 @@ class ShapesClaims(Evaluator):
 
     @classmethod
     def figures(cls, params: Any, rows: Sequence[FigureRow]) -> dict[str, float | None]:
-        """chair_i, chair_s, recall, the mean words and mentions, and of each category the share of false claims."""
+        """chair_i, chair_s, recall, the mean words and mentions, unfinished (texts without a last full stop, as of a
+        model that repeats itself until it is cut), and of each category the share of false claims."""
         scores = [row["scores"] for row in rows]
         total = {name: sum(each[name] for each in scores) for name in cls.counts}
 
@@ -67,6 +70,7 @@ class ShapesClaims(Evaluator):
             "recall": share("covered", "shapes"),
             "words": total["words"] / len(scores),
             "mentions": total["mentions"] / len(scores),
+            "unfinished": total["unfinished"] / len(scores),
             **{f"false_{name}": share(f"{name}_errors", f"{name}_claims") for name in CATEGORIES},
         }
 

@@ -45,6 +45,8 @@ def test_a_description_by_hand() -> None:
     assert (found["relation_claims"], found["relation_errors"]) == (1, 1)
     assert (found["background_claims"], found["background_errors"]) == (1, 1)
     assert judged("", benchmark.told(SCENE))["right"] == 1
+    texts = {text: 0.0, "A red circle.\n": 0.0, "": 1.0, "I can see a small,,,,,": 1.0, "A red circle": 1.0}
+    assert {each: judged(each, benchmark.told(SCENE))["unfinished"] for each in texts} == texts
 
 
 def test_what_was_made_up_is_noted() -> None:
