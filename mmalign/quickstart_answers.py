@@ -52,8 +52,8 @@ def run(output: Path = Path("runs/quickstart-answers"), *, seed: int = 0, short:
         short: a few scenes and steps, to see that every part works; proves nothing about alignment.
 
     Returns:
-        Figures as {"base", "aligned", "difference", "ci95"}: chair_i, chair_s, recall, words and POPE's accuracies;
-        scenes, seed, seconds.
+        Figures as {"base", "aligned", "difference", "ci95"}: chair_i, chair_s, recall, words, unfinished and
+        POPE's accuracies; scenes, seed, seconds.
     """
     size, started = SHORT if short else FULL, time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def _say(number: int, text: str) -> None:
 
 
 def _summary(figures: Sequence[FigureComparison], scenes: int, seed: int, seconds: float) -> dict[str, Any]:
-    wanted = {("shapes_claims", name): name for name in ("chair_i", "chair_s", "recall", "words")}
+    wanted = {("shapes_claims", name): name for name in ("chair_i", "chair_s", "recall", "words", "unfinished")}
     wanted |= {("pope", f"{split}/accuracy"): f"pope_{split}" for split in SPLITS}
     found: dict[str, Any] = {}
     for each in figures:

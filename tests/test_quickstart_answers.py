@@ -22,7 +22,8 @@ def test_it_writes_what_it_promises(short: Path) -> None:
     summary = json.loads((short / "summary.json").read_text())
     assert summary["scenes"] == quickstart.SHORT.scenes
     assert summary["seed"] == 4
-    for name in ("chair_i", "chair_s", "recall", "words", "pope_random", "pope_popular", "pope_adversarial"):
+    figures = ("chair_i", "chair_s", "recall", "words", "unfinished")
+    for name in (*figures, "pope_random", "pope_popular", "pope_adversarial"):
         figure = summary[name]
         assert figure["difference"] == pytest.approx(figure["aligned"] - figure["base"])
         assert figure["ci95"][0] <= figure["difference"] <= figure["ci95"][1]
@@ -54,3 +55,4 @@ def test_less_is_made_up_and_as_much_is_found(seed: int, tmp_path: Path) -> None
     summary = quickstart.run(tmp_path, seed=seed)
     assert summary["chair_i"]["ci95"][1] < 0
     assert summary["recall"]["difference"] >= -0.02
+    assert summary["unfinished"]["aligned"] <= 0.01
