@@ -133,6 +133,7 @@ def test_the_evaluator_reads_numbers_from_names_or_aux(synonyms: Path, coco: lis
         aux=[{}, {"image_id": 2}, {}],
     )  # fmt: skip
     scores = evaluator.score(batch)
+    assert evaluator.score(batch)["right"].tolist() == scores["right"].tolist()
     assert scores["right"].tolist() == pytest.approx([3 / 4, 2 / 5, 1])
     assert batch.notes == {0: "not in the picture: bicycle", 1: "not in the picture: cup, dog (2)"}
     with pytest.raises(ItemErrors) as raised:

@@ -50,6 +50,6 @@ def judged(
 def note_absent(batch: Batch, place: int, wrong: Sequence[str]) -> None:
     """Notes what an answer names that is not in its picture, each once with its count, before what is noted already."""
     named = [name if count == 1 else f"{name} ({count})" for name, count in sorted(Counter(wrong).items())]
-    if named:
-        earlier = batch.notes.get(place)
-        batch.notes[place] = f"not in the picture: {', '.join(named)}" + (f"\n\n{earlier}" if earlier else "")
+    told, earlier = f"not in the picture: {', '.join(named)}", batch.notes.get(place, "")
+    if named and not earlier.startswith(told):  # a batch may be scored again
+        batch.notes[place] = f"{told}\n\n{earlier}".rstrip()
