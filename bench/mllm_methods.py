@@ -98,6 +98,10 @@ def trained(method: str, seed: int, folder: Path, changed: dict[str, float]) -> 
     objective = {"kind": "mllm", "beta": 0.1, **loss}
     if "beta" in changed:
         objective["beta"] = changed["beta"]
+    if "weight" in changed:
+        objective["terms"] = [
+            {**each, "weight": changed["weight"]} if each is _BESIDE else each for each in loss["terms"]
+        ]
     overrides = [
         f"output={folder}", f"seed={seed}", f"optim.steps={steps}", f"optim.lr={lr}", f"optim.batch_size={PAIRS}",
         "data.shapes=null", f"data.table={table_file}", f"loss={json.dumps(objective)}",
@@ -130,7 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="steps, lr or beta")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="steps, lr, beta, or weight: of the cross-entropy"
+    )
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     onednn.use()

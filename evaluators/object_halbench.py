@@ -90,7 +90,8 @@ class ObjectHalbench(Evaluator):
             raise found
         image = image_of(batch.aux[place] if batch.aux else {}, batch.samples[place])
         truth = self.known.of(image)
-        note_absent(batch, place, [name for name in found or () if name not in truth])
+        reply = "" if self.judge is None else batch.notes.get(place, "")
+        note_absent(batch, place, [name for name in found or () if name not in truth], reply)
         return counted(batch.responses[place], found, truth)
 
     def _by_rules(self, responses: Sequence[str]) -> list[Named]:

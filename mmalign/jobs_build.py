@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from mmalign.config import Strict
-from mmalign.jobs_mllm import BDHS, Negative
+from mmalign.jobs_mllm import BDHS, Columns, Negative, UnknownColumns
 from mmalign.jobs_respond import Responding
 
 Ratio = Annotated[float, Field(ge=1)]
@@ -77,12 +77,8 @@ class BuildConfig(Strict):
     rows: Path = Field(description="rows with prompts, images and perhaps answers, in any form of docs/answers.md")
     format: str = Field("auto", description="see `mmalign list formats`")
     root: Path | None = Field(None, description="folder that relative media paths start from; default: the table's own")
-    columns: dict[str, str] = Field(
-        {}, description="what the table calls a format's columns, e.g. {prompt: question, chosen: better_answer}"
-    )
-    unknown_columns: Literal["error", "keep"] = Field(
-        "error", description="columns that the format does not know: an error that names one, or kept in meta"
-    )
+    columns: Columns = {}
+    unknown_columns: UnknownColumns = "error"
     limit: PositiveInt | None = Field(None, description="use only the first rows")
     model: Responding | None = Field(None, description="who answers; negatives need none")
     build: BDHS | Claims | Several | SelfReward | Negatives = Field(discriminator="kind")

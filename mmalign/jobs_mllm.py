@@ -11,6 +11,14 @@ from mmalign.config import Strict
 from mmalign.jobs_align import Probability
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Columns = Annotated[
+    dict[str, str],
+    Field(description="what the table calls a format's columns, e.g. {prompt: question, chosen: better_answer}"),
+]
+UnknownColumns = Annotated[
+    Literal["error", "keep"],
+    Field(description="columns that the format does not know: an error that names one, or kept in meta"),
+]
 
 
 class Negative(Strict):
@@ -61,12 +69,8 @@ class Online(BDHS):
 class Mllm(Strict):
     """How a vision-language model reads rows, and what of it is trained; for task: mllm."""
 
-    columns: dict[str, str] = Field(
-        {}, description="what the table calls a format's columns, e.g. {prompt: question, chosen: better_answer}"
-    )
-    unknown_columns: Literal["error", "keep"] = Field(
-        "error", description="columns that the format does not know: an error that names one, or kept in meta"
-    )
+    columns: Columns = {}
+    unknown_columns: UnknownColumns = "error"
     max_length: PositiveInt | None = Field(
         None, description="tokens of a prompt and its longest answer; null: what the model reads. Nothing is cut off"
     )

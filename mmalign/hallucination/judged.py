@@ -47,9 +47,8 @@ def judged(
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
 
-def note_absent(batch: Batch, place: int, wrong: Sequence[str]) -> None:
-    """Notes what an answer names that is not in its picture, each once with its count, before what is noted already."""
+def note_absent(batch: Batch, place: int, wrong: Sequence[str], reply: str = "") -> None:
+    """Notes what an answer names that is not in its picture, each once with its count, before a judge's reply."""
     named = [name if count == 1 else f"{name} ({count})" for name, count in sorted(Counter(wrong).items())]
-    told, earlier = f"not in the picture: {', '.join(named)}", batch.notes.get(place, "")
-    if named and not earlier.startswith(told):  # a batch may be scored again
-        batch.notes[place] = f"{told}\n\n{earlier}".rstrip()
+    if named:
+        batch.notes[place] = f"not in the picture: {', '.join(named)}" + (f"\n\n{reply}" if reply else "")
