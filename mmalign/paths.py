@@ -7,6 +7,8 @@ is one, and the shipped one otherwise, so that the commands in the documentation
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -38,3 +40,27 @@ def find(path: str | Path) -> Path:
         if (home / path).exists():
             return home / path
     return path
+
+
+def advice_for_missing_model(folder: Path) -> str:
+    """What to do about a model folder that does not exist: fetch it from the hub, or the name that was meant."""
+    if folder.parts[0] == "models" and not folder.parent.exists():  # as in the shipped configs
+        return (
+            f"Fetch it first (nothing is downloaded during a run): hf download OWNER/{folder.name} --local-dir {folder}"
+        )
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)) and not folder.parent.exists():
+        return (
+            f"If it is the name of a model on the hub, fetch it first (nothing is downloaded during a run): "
+            f"hf download {folder} --local-dir models/{folder.name}, and give that folder."
+        )
+    missing = folder
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    siblings = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
+    close = difflib.get_close_matches(missing.name, siblings, n=1, cutoff=0.5)
+    if close:
+        candidate = missing.parent / close[0]
+        whole = candidate / folder.relative_to(missing)
+        return f"Did you mean '{whole if whole.exists() else candidate}'?"
+    there = ", ".join(siblings[:5]) or "none"
+    return f"Folders in '{missing.parent}': {there}{', ...' if len(siblings) > 5 else ''}."

@@ -305,7 +305,7 @@ def test_a_model_that_writes_no_question_is_told_of(writer, tmp_path):
     lost = load_writer(folder=str(tmp_path / "m"), device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match="wrote no question about 'two cats': "):
         lost.questions("two cats", max_new_tokens=5)
-    with pytest.raises(ValueError, match=r"writer: .*absent is no folder"):
+    with pytest.raises(ValueError, match=r"writer: .*model folder .*absent does not exist"):
         load_writer(folder=str(tmp_path / "absent"), device=CPU, dtype=torch.float32)
 
 

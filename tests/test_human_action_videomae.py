@@ -103,7 +103,7 @@ def test_other_families_and_numbers_of_frames(tmp_path):
 
 
 def test_folders_that_are_none_say_why(small, tmp_path):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match=r"the model folder .* does not exist"):
         load_evaluator("human_action@videomae", {"model": tmp_path / "absent"}, "cpu")
     folder_of(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))

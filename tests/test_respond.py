@@ -175,7 +175,7 @@ def test_mistakes_are_said_before_a_model_is_loaded(tmp_path, asked, folder, mon
     ):
         with pytest.raises(ValidationError, match=said):
             config(asked, folder, tmp_path / "out", **wrong)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match=r"model\.path: the model folder .* does not exist"):
         respond.run(config(asked, tmp_path / "nowhere", tmp_path / "out"))
     with pytest.raises(ValueError, match="no LoRA folder"):
         respond.run(config(asked, folder, tmp_path / "out", lora=tmp_path))

@@ -143,7 +143,7 @@ def test_safety_says_what_is_missing(clip, q16, tmp_path):
     cls = evaluator_class("safety@sd_q16")
     with pytest.raises(ValueError, match="give `sd_checker`, `q16` or both"):
         parse_params(cls, "safety@sd_q16", {})
-    with pytest.raises(ValueError, match=r"sd_checker: .* is no folder"):
+    with pytest.raises(ValueError, match=r"sd_checker: the model folder .*none does not exist"):
         cls.weight_files(parse_params(cls, "safety@sd_q16", {"sd_checker": tmp_path / "none"}))
     save_file({"a": torch.randn(2, 9)}, tmp_path / "other.safetensors")
     wrong = load_evaluator("safety@sd_q16", {**clip[1], "q16": tmp_path / "other.safetensors"}, "cpu")

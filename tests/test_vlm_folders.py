@@ -222,8 +222,12 @@ def test_weights_that_do_not_fit_are_named_and_never_random(tmp_path, qwen):
 
 
 def test_folders_that_are_none_are_explained(tmp_path, qwen):
-    with pytest.raises(ValueError, match=r"is no folder.*nothing is downloaded"):
-        vlm_files(tmp_path / "absent")
+    with pytest.raises(ValueError, match=rf"Did you mean '{qwen}'"):
+        vlm_files(f"{qwen}s")
+    with pytest.raises(ValueError, match=r"nothing is downloaded.*hf download Qwen/Q --local-dir models/Q"):
+        vlm_files("Qwen/Q")
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        vlm_files(qwen / "config.json")
     with pytest.raises(ValueError, match=r"has no config\.json"):
         vlm_files(tmp_path)
     (tmp_path / "config.json").write_text("{")

@@ -112,7 +112,7 @@ def test_bad_rows_are_told_and_spare_the_others(folder, tmp_path):
 def test_missing_folders_are_told_before_anything_is_loaded(tmp_path):
     from mmalign.score_plan import make_jobs
 
-    with pytest.raises(ValueError, match=r"model: .*absent is no folder.*nothing is downloaded"):
+    with pytest.raises(ValueError, match=r"model: the model folder .*absent does not exist"):
         make_jobs([("vqascore", {"model": tmp_path / "absent"})])
 
 

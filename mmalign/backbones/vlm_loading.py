@@ -52,10 +52,9 @@ def model_folder(folder: str | Path, parameter: str = "model", weights: bool = T
     """
     path = paths.find(Path(folder).expanduser())
     if not path.is_dir():
-        raise ValueError(
-            f"{parameter}: {path} is no folder. Fetch the whole model repository once, and give the folder that has "
-            "its config.json; no job downloads anything."
-        )
+        if path.exists():
+            raise ValueError(f"{parameter}: {path} is a file; give the folder that has the model's config.json.")
+        raise ValueError(f"{parameter}: the model folder {path} does not exist. {paths.advice_for_missing_model(path)}")
     config = path / "config.json"
     if not config.is_file():
         raise ValueError(f"{parameter}: {path} has no config.json, so it is no transformers model folder.")

@@ -6,7 +6,6 @@ is lost without anybody noticing. ``check_folder`` reads the headers of the safe
 diffusers components) and refuses such a folder with every fault in one message.
 """
 
-import difflib
 import importlib
 import inspect
 import json
@@ -17,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from mmalign import paths
 from mmalign.progress import quiet_transformers
 
 _SHOWN = 3
@@ -87,7 +87,7 @@ def part_class(folder: Path, name: str) -> tuple[str, str]:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.exists():
-        raise ValueError(f"the model folder '{folder}' does not exist. {_advice_for_missing(folder)}")
+        raise ValueError(f"the model folder '{folder}' does not exist. {paths.advice_for_missing_model(folder)}")
     if folder.is_file():
         raise ValueError(
             f"'{folder}' is a file, and a model is a folder with a model_index.json. Convert a single-file checkpoint "
@@ -111,29 +111,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"'{file}' does not hold a JSON object; copy the file again from its source.")
     return content
-
-
-def _advice_for_missing(folder: Path) -> str:
-    if folder.parts[0] == "models" and not folder.parent.exists():  # as in the shipped configs
-        return (
-            f"Fetch it first (nothing is downloaded during a run): hf download OWNER/{folder.name} --local-dir {folder}"
-        )
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)) and not folder.parent.exists():
-        return (
-            f"If it is the name of a model on the hub, fetch it first (nothing is downloaded during a run): "
-            f"hf download {folder} --local-dir models/{folder.name}, and give that folder."
-        )
-    missing = folder
-    while not missing.parent.exists():
-        missing = missing.parent
-    siblings = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
-    close = difflib.get_close_matches(missing.name, siblings, n=1, cutoff=0.5)
-    if close:
-        candidate = missing.parent / close[0]
-        whole = candidate / folder.relative_to(missing)
-        return f"Did you mean '{whole if whole.exists() else candidate}'?"
-    there = ", ".join(siblings[:5]) or "none"
-    return f"Folders in '{missing.parent}': {there}{', ...' if len(siblings) > 5 else ''}."
 
 
 def _advice_for_no_index(folder: Path) -> str:
